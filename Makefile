@@ -1,0 +1,110 @@
+# make demo   see what rpsel does, on this machine, in half a minute
+# make test   everything that CI runs
+# make help   the other targets
+
+SHELL      := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+
+# The compiler is pinned: another one makes other objects.
+CLANG        := clang-19
+STRIP        := llvm-strip-19
+CLANG_FORMAT := clang-format-19
+
+export PATH := $(PATH):/usr/local/go/bin
+# A go that is too old fetches the one that go.mod asks for.
+export GOTOOLCHAIN := auto
+GO      := go
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+
+# What each kind of work needs: a command that must be there = the package it is in.
+BUILD_NEEDS := go=golang-go git=git
+TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn gcc=gcc \
+               /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
+LINT_NEEDS  := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+.PHONY: build
+build: ## compile ./rpsel, one static binary; needs no clang
+	@$(call need,$(BUILD_NEEDS))
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o rpsel ./cmd/rpsel
+
+.PHONY: demo
+demo: ## plain Linux and rpsel side by side, in a network namespace of its own
+	@$(call root,demo)
+	@$(MAKE) --no-print-directory build
+	./rpsel demo
+
+.PHONY: test
+test: ## all tests on this kernel, real OpenVPN among them
+	@$(call root,test)
+	@$(call need,$(TEST_NEEDS))
+	@$(MAKE) --no-print-directory generated
+	$(GO) vet ./...
+	$(GO) test -count=1 -timeout=20m ./...
+
+.PHONY: soak
+soak: ## the stress test for ten minutes
+	@$(call root,soak)
+	@$(call need,$(TEST_NEEDS))
+	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=30m -v ./test/stress
+
+.PHONY: generate
+generate: ## compile the C, after a change under bpf/
+	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) \
+	BPF2GO_CFLAGS="-O2 -g -mcpu=v3 -I/usr/include/$$(uname -m)-linux-gnu" \
+	$(GO) generate ./...
+
+.PHONY: generated
+generated: # fail if the committed objects are not what the C compiles to
+	@echo "make: compile the C and compare"
+	@before=$$(cat bpf/*_bpf*.go bpf/*_bpf*.o | sha256sum); \
+	$(MAKE) --no-print-directory -s generate; \
+	after=$$(cat bpf/*_bpf*.go bpf/*_bpf*.o | sha256sum); \
+	if [ "$$before" != "$$after" ]; then \
+		echo "make: bpf/ held other objects than its C compiles to: commit the new ones" >&2; \
+		git status --short bpf >&2; exit 1; \
+	fi
+
+.PHONY: lint
+lint: ## gofmt, vet and clang-format
+	@$(call need,$(LINT_NEEDS))
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	$(GO) vet ./...
+	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -f rpsel
+
+# root explains why a target wants to be root.
+define root
+	if [ "$$(id -u)" != 0 ]; then \
+		echo "make: 'make $(1)' makes network namespaces and loads BPF programs: run it as root, as 'sudo make $(1)'" >&2; \
+		exit 1; \
+	fi
+endef
+
+# need installs, with Debian's or Ubuntu's apt-get, what is not there yet.
+define need
+	missing=; \
+	for n in $(1); do \
+		what=$${n%%=*}; \
+		case $$what in \
+		/*) [ -e $$what ] || missing+=" $${n#*=}" ;; \
+		*) command -v $$what >/dev/null || missing+=" $${n#*=}" ;; \
+		esac; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+			echo "make: these packages are missing:$$missing: install them, or run make as root on Debian or Ubuntu" >&2; exit 1; \
+		fi; \
+		echo "make: install$$missing"; \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+endef

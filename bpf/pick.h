@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Which entry of the pick table a new flow falls on, and how an entry is mended
+ * when its listener is dead. Pure arithmetic; select.c does the selecting.
+ */
+#ifndef RPSEL_PICK_H
+#define RPSEL_PICK_H
+
+#include "flow.h"
+
+ALWAYS_INLINE __u32 table_first(__u64 table)
+{
+	return table >> TABLE_FIRST_SHIFT;
+}
+ALWAYS_INLINE __u32 table_size(__u64 table)
+{
+	return table;
+}
+
+/*
+ * entry_hash draws the heir of an entry whose listener is dead. It depends on
+ * the entry alone, not on the flow: so all flows of the entry get the same heir,
+ * and the entry can be mended in place without moving one of them.
+ */
+ALWAYS_INLINE __u32 entry_hash(__u32 entry)
+{
+	__u32 x = (entry + 1) * 0x85ebca6b;
+
+	x ^= x >> 15;
+	x *= 0xc2b2ae35;
+	x ^= x >> 13;
+	x *= 0x27d4eb2f;
+	return x ^ x >> 16;
+}
+
+/* ones counts the set bits. */
+ALWAYS_INLINE __u32 ones(__u64 set)
+{
+	return __builtin_popcountll(set);
+}
+
+/* nth_one is the number of the set bit that n others come before. */
+OWN_FUNCTION __u64 nth_one(__u64 set, __u32 n)
+{
+	for (__u32 i = 0; i < 64; i++, set >>= 1)
+		if (set & 1 && !n--)
+			return i;
+	return 0;
+}
+
+/* picked is the slot in an entry: while the group settles, or after. */
+ALWAYS_INLINE __u32 picked(__u32 entry, int settling)
+{
+	return settling ? entry & PICK_HALF : entry >> PICK_AFTER_SHIFT;
+}
+
+/* mended is the entry with a living slot wherever it had the dead one. */
+ALWAYS_INLINE __u32 mended(__u32 entry, __u32 dead, __u32 living)
+{
+	__u32 now = entry & PICK_HALF, later = entry >> PICK_AFTER_SHIFT;
+
+	if (now == dead)
+		now = living;
+	if (later == dead)
+		later = living;
+	return later << PICK_AFTER_SHIFT | now;
+}
+
+#endif

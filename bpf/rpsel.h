@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * What the selection program, user space and a pinned group agree on.
+ *
+ * The layout is the ABI of the pins: a change of a structure, of a bit or of
+ * a map's type or size needs a new RPSEL_ABI.
+ */
+#ifndef RPSEL_H
+#define RPSEL_H
+
+#include <linux/types.h>
+
+#define RPSEL_ABI 1
+
+#define RPSEL_SLOTS 4096	 /* listeners of one group, at most */
+#define RPSEL_BUCKET 8		 /* entries of one bucket: two cache lines */
+#define RPSEL_FIRST_BUCKET 6	 /* entries of the first bucket used before the second */
+#define RPSEL_NO_SLOT 0xffff	 /* an entry of the pick table with no listener */
+#define RPSEL_FREEZE_SECONDS 10	 /* a killed upgrade thaws by itself after this */
+
+/* How far an entry of the flow table has come. A zeroed entry is empty. */
+enum flow_state {
+	FLOW_EMPTY = 0,
+	FLOW_BUSY = 1,	      /* being inserted, by the CPU that marked it and nobody else */
+	FLOW_NEW = 2,	      /* seen once: may be overwritten by another new flow */
+	FLOW_ESTABLISHED = 3, /* confirmed: goes only when idle, flushed or orphaned */
+};
+
+/*
+ * The word of an entry is all that ever changes while a flow lives, and always
+ * by a 64-bit compare-and-exchange against the word that was read.
+ *
+ *   63       52 51         42 41   40 39           16 15       0
+ *   +----------+-------------+-------+---------------+---------+
+ *   |   slot   | incarnation | state |  last second  |   tag   |
+ *   +----------+-------------+-------+---------------+---------+
+ */
+#define WORD_TAG_BITS 16
+#define WORD_SECOND_SHIFT 16
+#define WORD_SECOND_BITS 24
+#define WORD_STATE_SHIFT 40
+#define WORD_STATE_BITS 2
+#define WORD_INCARNATION_SHIFT 42
+#define WORD_INCARNATION_BITS 10
+#define WORD_SLOT_SHIFT 52
+#define WORD_SLOT_BITS 12
+
+struct flow {
+	__u64 identity;
+	__u64 word;
+};
+
+struct bucket {
+	struct flow flows[RPSEL_BUCKET];
+};
+
+/*
+ * What a person wants to see of a flow, at the same index as its entry.
+ *
+ *   63      48 47                  24 23                      0
+ *   +---------+----------------------+------------------------+
+ *   |  port   |  since (this slot)   |  created (first seen)  |
+ *   +---------+----------------------+------------------------+
+ */
+#define HISTORY_SINCE_SHIFT 24
+#define HISTORY_PORT_SHIFT 48
+#define SECOND_MASK 0xffffff
+
+struct detail {
+	__u64 client[2]; /* IPv6 address in network order, IPv4 as ::ffff:a.b.c.d */
+	__u64 history;
+};
+
+enum slot_state {
+	SLOT_FREE = 0,
+	SLOT_JOINING = 1, /* numbered, perhaps registered, without a share yet */
+	SLOT_ACTIVE = 2,
+	SLOT_DRAINING = 3, /* keeps its flows, gets no new one */
+};
+
+/* A slot lives as long as its group; its incarnation tells its listeners apart. */
+struct slot {
+	__u32 incarnation;
+	__u32 state; /* enum slot_state; a dead listener is found by its empty SOCKARRAY entry */
+};
+
+/* Which slots may serve when the pick table has no live one: a bit each. */
+struct live {
+	__u64 active;
+	__u64 draining;
+};
+
+/*
+ * An entry of the pick table: who gets a new flow while the group settles
+ * (low half: what the kernel's own hash would have picked) and who after that
+ * (high half: joiners have their share here). Either half may be RPSEL_NO_SLOT.
+ */
+#define PICK_AFTER_SHIFT 16
+#define PICK_HALF 0xffff
+
+/* Which part of the pick map is the table: entries [first, first + size). */
+#define TABLE_FIRST_SHIFT 32
+
+/* Set by user space while the program runs. */
+struct config {
+	__u64 table;	     /* first << TABLE_FIRST_SHIFT | size */
+	__u32 abi;	     /* RPSEL_ABI */
+	__u32 frozen;	     /* second in which a freeze began, 1 << 31 set; 0: none */
+	__u32 settled;	     /* second from which joiners get new flows */
+	__u32 settling;	     /* 0: settled lies in the past */
+	__u32 idle;	     /* seconds an established flow may be silent */
+	__u32 idle_new;	     /* seconds a new flow may be silent */
+	__u32 policy;	     /* enum policy */
+	__u32 affinity;	     /* enum affinity: fixed while attached */
+	__u32 confirm;	     /* enum confirm: fixed while attached */
+	__u32 capacity;	     /* flows the table was sized for */
+	__u32 attached;	     /* second of the attach */
+	__u32 clock_mult;    /* as in the program: seconds = jiffies * clock_mult >> 32 */
+};
+
+#define FROZEN 0x80000000u
+
+enum policy {
+	POLICY_HASH = 0,
+};
+
+enum affinity {
+	AFFINITY_FLOW = 0, /* client address and port, and local address */
+	AFFINITY_NONE = 1, /* every run is picked anew, nothing is tracked */
+};
+
+enum confirm {
+	CONFIRM_CLIENT = 0, /* the client's next packet, at least a second later */
+};
+
+/*
+ * Counters, per CPU. Every run of the program is exactly one of hit, new,
+ * rehomed, untracked, migrated (of the slot it selected) or fallback.
+ */
+struct slot_counters {
+	__u64 hit;
+	__u64 bytes; /* transport header and payload of all runs that selected the slot */
+	__u64 new;
+	__u64 rehomed;
+	__u64 untracked;
+	__u64 migrated;
+};
+
+struct counters {
+	__u64 fallback;	   /* no live listener registered: the kernel picked */
+	__u64 parse_error; /* of untracked: no ports, or no address to be read */
+	__u64 table_full;  /* of untracked: no room */
+	__u64 evicted;	   /* of new: took the place of another new flow */
+};
+
+/* What user space keeps of the listener in a slot. The program does not read it. */
+struct listener {
+	__u64 cookie;
+	struct slot_counters base; /* the slot's counts when this listener joined */
+	__u32 weight;		   /* share of new flows; 1 to 65535 */
+	__u32 generation;	   /* which batch of processes it belongs to */
+	__u32 pid;		   /* who held the socket when it joined */
+	__u32 joined;		   /* second of the join */
+	__u32 died;		   /* second in which it was found dead */
+	__u32 dead;		   /* 1: died is set */
+	__u8 command[16];
+};
+
+_Static_assert(sizeof(struct listener) == 96, "listener is part of the pinned ABI");
+_Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
+_Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
+_Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");
+_Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
+_Static_assert(sizeof(struct config) == 56, "config is part of the pinned ABI");
+_Static_assert(1 << WORD_SLOT_BITS == RPSEL_SLOTS, "a slot number fits its field");
+_Static_assert(WORD_SLOT_SHIFT + WORD_SLOT_BITS == 64, "the word is full");
+
+#endif

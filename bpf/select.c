@@ -1,0 +1,601 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//go:build ignore
+
+/*
+ * rpsel_select picks the socket of a reuseport group that gets a packet.
+ *
+ * It always returns SK_PASS. With a socket selected, that socket gets the
+ * packet; with none (no live listener is registered) the kernel picks by its
+ * own hash, as if there were no program: a port is never worse off than before.
+ *
+ * A tracked flow goes to its listener as long as that is alive. A flow whose
+ * listener died is moved to a live one at its next packet, by this program
+ * alone: no process of ours needs to run.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "pick.h"
+#include "rpsel.h"
+
+/* Fixed when the program is loaded. */
+const volatile __u32 buckets = 2;
+const volatile __u32 affinity = AFFINITY_FLOW;
+const volatile __u32 clock_mult = 1; /* 2^32 / CONFIG_HZ */
+
+/* The sizes that depend on the group are set before the maps are made. */
+struct {
+	__uint(type, BPF_MAP_TYPE_REUSEPORT_SOCKARRAY);
+	__uint(max_entries, RPSEL_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} socks SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, RPSEL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot);
+} slots SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, RPSEL_SLOTS / 64);
+	__type(key, __u32);
+	__type(value, struct live);
+} live SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct bucket);
+} flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 2 * RPSEL_BUCKET);
+	__type(key, __u32);
+	__type(value, struct detail);
+} details SEC(".maps");
+
+/* Array elements take 8 bytes at least, so two entries share one. */
+struct pick_pair {
+	__u32 entries[2];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pick_pair);
+} picks SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct config);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, RPSEL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot_counters);
+} slot_counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counters);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, RPSEL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct listener);
+} listeners SEC(".maps");
+
+#define COUNT(field)                                                                               \
+	({                                                                                         \
+		__u32 zero = 0;                                                                    \
+		struct counters *c = bpf_map_lookup_elem(&counters, &zero);                        \
+		if (c)                                                                             \
+			c->field++;                                                                \
+	})
+
+#define COUNT_SLOT(ctx, slot, field)                                                               \
+	({                                                                                         \
+		__u32 index = (slot);                                                              \
+		struct slot_counters *c = bpf_map_lookup_elem(&slot_counters, &index);             \
+		if (c) {                                                                           \
+			c->field++;                                                                \
+			c->bytes += (ctx)->len;                                                    \
+		}                                                                                  \
+	})
+
+/* clock is a coarse second that costs no clock read. It wraps after 24 bits. */
+ALWAYS_INLINE __u32 clock(void)
+{
+	return (bpf_jiffies64() * clock_mult >> 32) & SECOND_MASK;
+}
+
+ALWAYS_INLINE int same_incarnation(__u32 a, __u32 b)
+{
+	return !((a ^ b) & ((1u << WORD_INCARNATION_BITS) - 1));
+}
+
+/*
+ * choose selects the listener of a slot if it still is that incarnation. The
+ * number is read again after the selection: a listener that took the slot in
+ * between must not get the packets of the one before. Both reads look the slot
+ * up, or the compiler would merge them.
+ */
+ALWAYS_INLINE int choose(struct sk_reuseport_md *ctx, __u32 slot, __u32 incarnation)
+{
+	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
+
+	if (!s || !same_incarnation(READ_ONCE(s->incarnation), incarnation))
+		return 0;
+	if (bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
+		return 0;
+	return same_incarnation(READ_ONCE(s->incarnation), incarnation);
+}
+
+/* The outcome of a pick: a slot that is selected already, or none. */
+struct choice {
+	__u32 slot;
+	__u32 incarnation;
+};
+
+OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choice *c)
+{
+	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
+
+	if (!s || !c)
+		return 0;
+	c->slot = slot;
+	c->incarnation = READ_ONCE(s->incarnation);
+	return choose(ctx, slot, c->incarnation);
+}
+
+struct bpf_map;
+
+/* A search of the live bits. */
+struct search {
+	struct sk_reuseport_md *ctx;
+	__u32 draining; /* which bits */
+	__u32 bits;	/* count: how many there are; take: how many to pass over */
+	__u32 found;
+	struct choice choice;
+};
+
+ALWAYS_INLINE __u64 *live_bits(struct live *l, const struct search *s)
+{
+	return s->draining ? &l->draining : &l->active;
+}
+
+/*
+ * bury_word clears the bits of dead listeners. A listener that registers sets
+ * its bit last: if the second selection succeeds it came in between, and the
+ * bit is set again whatever the order.
+ */
+OWN_FUNCTION int bury_word(struct sk_reuseport_md *ctx, __u64 *word, __u32 first)
+{
+	if (!word)
+		return 0;
+
+	__u64 set = READ_ONCE(*word);
+
+	/* Shifted, since the verifier would carry along what it learns of each bit. */
+	for (__u32 i = 0; i < 64; i++, set >>= 1) {
+		__u32 slot = first + i;
+
+		if (!(set & 1) || !bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
+			continue;
+		__sync_fetch_and_and(word, ~(1ull << i));
+		if (!bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
+			__sync_fetch_and_or(word, 1ull << i);
+	}
+	return 0;
+}
+
+static long bury(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
+{
+	(void)map;
+	bury_word(s->ctx, live_bits(l, s), *key * 64);
+	return 0;
+}
+
+static long count(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
+{
+	(void)map;
+	(void)key;
+	s->bits += ones(READ_ONCE(*live_bits(l, s)));
+	return 0;
+}
+
+/* take selects the listener whose bit comes after a number of others. */
+static long take(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
+{
+	__u64 set = READ_ONCE(*live_bits(l, s));
+	__u32 here = ones(set);
+
+	(void)map;
+	if (s->bits >= here) {
+		s->bits -= here;
+		return 0;
+	}
+	s->found = choose_any(s->ctx, *key * 64 + nth_one(set, s->bits), &s->choice);
+	return 1;
+}
+
+/*
+ * choose_live takes the listener at the hash's share of those with a live bit.
+ * Nobody may have cleared the bits of the dead yet: meeting one, it does so and
+ * tries again. Draining listeners are drawn anew for each packet, and only
+ * clean bits give the same answer each time. It tries more than once since
+ * listeners may die, and other CPUs clear their bits, while it counts.
+ */
+#define LIVE_TRIES 4
+
+OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 draining, struct choice *c)
+{
+	struct search s = {.ctx = ctx, .draining = draining};
+
+	if (!c)
+		return 0;
+	for (int clean = !!draining; clean < LIVE_TRIES && !s.found; clean++) {
+		if (clean)
+			bpf_for_each_map_elem(&live, bury, &s, 0);
+		s.bits = 0;
+		bpf_for_each_map_elem(&live, count, &s, 0);
+		if (!s.bits)
+			break;
+		s.bits = scale(hash, s.bits);
+		bpf_for_each_map_elem(&live, take, &s, 0);
+	}
+	*c = s.choice;
+	return s.found;
+}
+
+ALWAYS_INLINE __u32 *pick_entry(__u32 index)
+{
+	__u32 pair = index >> 1;
+	struct pick_pair *p = bpf_map_lookup_elem(&picks, &pair);
+
+	return p ? &p->entries[index & 1] : 0;
+}
+
+/*
+ * pick selects a listener for a flow that has none, and reports whether there
+ * is one. A dead listener met in the pick table is replaced there by one drawn
+ * evenly from all that live, by the number of the entry: so its other flows get
+ * the same answer at once, and each entry is searched for only once.
+ */
+OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash, int settling,
+		      struct choice *c)
+{
+	if (!cfg || !c)
+		return 0;
+
+	__u64 table = READ_ONCE(cfg->table);
+	__u32 index = scale(hash, table_size(table));
+	__u32 *entry = pick_entry(table_first(table) + index);
+
+	if (!entry)
+		return 0;
+
+	__u32 was = READ_ONCE(*entry);
+	__u32 dead = picked(was, settling);
+
+	if (choose_any(ctx, dead, c))
+		return 1;
+	if (!choose_live(ctx, entry_hash(index), 0, c))
+		return choose_live(ctx, entry_hash(index), 1, c);
+	if (__sync_val_compare_and_swap(entry, was, mended(was, dead, c->slot)) != was) {
+		/* Another CPU was first: the entry's flows stay together with its choice. */
+		struct choice theirs = {};
+
+		if (choose_any(ctx, picked(READ_ONCE(*entry), settling), &theirs))
+			*c = theirs;
+		else if (!choose(ctx, c->slot, c->incarnation))
+			return 0;
+	}
+	return 1;
+}
+
+/*
+ * settling: existing flows may not have been seen yet, so that flows that look
+ * new are left where the kernel had them. Cleared for good once over, or the
+ * clock's wrap would bring it back after half a year.
+ */
+ALWAYS_INLINE int settling_at(struct config *cfg, __u32 now)
+{
+	if (!READ_ONCE(cfg->settling))
+		return 0;
+	if (age(now, READ_ONCE(cfg->settled)) < 0)
+		return 1;
+	WRITE_ONCE(cfg->settling, 0);
+	return 0;
+}
+
+/* frozen: user space copies the flow table, so nothing may be written to it. */
+ALWAYS_INLINE int frozen(const struct config *cfg, __u32 now)
+{
+	__u32 since = READ_ONCE(cfg->frozen);
+	__s32 lasted = age(now, since);
+
+	return since && lasted >= 0 && lasted < RPSEL_FREEZE_SECONDS;
+}
+
+ALWAYS_INLINE int fallback(void)
+{
+	COUNT(fallback);
+	return SK_PASS;
+}
+
+/* untracked serves a packet by the pick table alone. */
+ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cfg, int settling)
+{
+	struct choice c = {};
+
+	if (!pick(ctx, cfg, ctx->hash, settling, &c))
+		return fallback();
+	COUNT_SLOT(ctx, c.slot, untracked);
+	return SK_PASS;
+}
+
+/* client_port is the source port: the first two bytes of both UDP and TCP. */
+ALWAYS_INLINE int client_port(struct sk_reuseport_md *ctx, __u32 *port)
+{
+	__be16 *source = ctx->data;
+	__be16 copy;
+
+	if ((void *)(source + 1) <= ctx->data_end) {
+		*port = bpf_ntohs(*source);
+		return 1;
+	}
+	if (bpf_skb_load_bytes(ctx, 0, &copy, sizeof(copy)))
+		return 0;
+	*port = bpf_ntohs(copy);
+	return 1;
+}
+
+/*
+ * client_address reads the source address relative to the network header, by
+ * the packet's own version: a dual-stack socket gets IPv4 packets too. The
+ * address sits in the fixed part of either header, whatever extensions follow.
+ */
+ALWAYS_INLINE int client_address(struct sk_reuseport_md *ctx, __u64 client[2])
+{
+	if (ctx->eth_protocol == bpf_htons(ETH_P_IPV6))
+		return !bpf_skb_load_bytes_relative(ctx, 8, client, 16, BPF_HDR_START_NET);
+	client[0] = 0;
+	client[1] = bpf_cpu_to_be64(0xffff00000000ull);
+	return !bpf_skb_load_bytes_relative(ctx, 12, (void *)client + 12, 4, BPF_HDR_START_NET);
+}
+
+/* describe writes what people will want to know, into the row of the claimed entry. */
+ALWAYS_INLINE void describe(__u32 row, const __u64 client[2], __u32 port, __u32 now)
+{
+	struct detail *d = bpf_map_lookup_elem(&details, &row);
+
+	if (!d)
+		return;
+	d->client[0] = client[0];
+	d->client[1] = client[1];
+	d->history = (__u64)port << HISTORY_PORT_SHIFT | (__u64)now << HISTORY_SINCE_SHIFT | now;
+}
+
+/* describe_move notes since when the flow has its present listener. */
+ALWAYS_INLINE void describe_move(__u32 row, __u32 now)
+{
+	struct detail *d = bpf_map_lookup_elem(&details, &row);
+
+	if (!d)
+		return;
+	__u64 h = READ_ONCE(d->history);
+	__u64 since = (__u64)SECOND_MASK << HISTORY_SINCE_SHIFT;
+
+	exchange(&d->history, h, (h & ~since) | (__u64)now << HISTORY_SINCE_SHIFT);
+}
+
+/*
+ * rehome gives a flow whose listener is gone to a live one. Of several CPUs one
+ * wins the exchange; the others take the listener it chose. Who lost to a mere
+ * refresh tries again.
+ */
+ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, struct flow *f,
+			 __u32 row, __u64 identity, __u64 word, __u32 now)
+{
+	struct choice c = {};
+
+	/* A tracked flow is known, so joiners may have it even while the group settles. */
+	if (!pick(ctx, cfg, ctx->hash, 0, &c))
+		return fallback();
+	for (__u32 i = 0; i < HOLD_TRIES; i++) {
+		__u64 theirs;
+
+		if (exchange(&f->word, word, moved(word, c.slot, c.incarnation, now))) {
+			describe_move(row, now);
+			COUNT_SLOT(ctx, c.slot, rehomed);
+			return SK_PASS;
+		}
+		if (!entry_holds(f, identity, &theirs))
+			break;
+		if (same_listener(theirs, word)) {
+			word = theirs;
+			continue;
+		}
+		if (choose(ctx, word_slot(theirs), word_incarnation(theirs))) {
+			COUNT_SLOT(ctx, word_slot(theirs), hit);
+			return SK_PASS;
+		}
+		break;
+	}
+	if (!choose(ctx, c.slot, c.incarnation))
+		return fallback();
+	COUNT_SLOT(ctx, c.slot, untracked);
+	return SK_PASS;
+}
+
+/* admit gives a flow that is in neither bucket a listener and an entry. */
+ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, struct bucket *first,
+			struct bucket *second, __u64 identity, __u32 port, __u32 now, int settling)
+{
+	struct choice c = {};
+	__u64 client[2];
+
+	if (!client_address(ctx, client)) {
+		COUNT(parse_error);
+		return untracked(ctx, cfg, settling);
+	}
+	if (!pick(ctx, cfg, ctx->hash, settling, &c))
+		return fallback();
+
+	struct insertion in = {
+		.identity = identity,
+		.now = now,
+		.idle = cfg->idle,
+		.idle_new = cfg->idle_new,
+		.slot = c.slot,
+		.incarnation = c.incarnation,
+		.tag = flow_tag(identity),
+	};
+	int result = insert_claim(first, second, &in);
+
+	if (result == INSERT_CLAIMED) {
+		__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
+						       : second_bucket(identity, buckets);
+
+		describe(bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1)), client, port, now);
+		result = insert_commit(first, second, &in);
+	}
+	if (result == INSERT_CLAIMED) {
+		if (in.evicted)
+			COUNT(evicted);
+		COUNT_SLOT(ctx, c.slot, new);
+		return SK_PASS;
+	}
+	if (result == INSERT_FOLLOW && choose(ctx, in.slot, in.incarnation)) {
+		COUNT_SLOT(ctx, in.slot, hit);
+		return SK_PASS;
+	}
+	/* A follow that failed may have left another listener selected. */
+	if (result == INSERT_FOLLOW && !choose(ctx, c.slot, c.incarnation))
+		return fallback();
+	if (result == INSERT_FULL)
+		COUNT(table_full);
+	COUNT_SLOT(ctx, c.slot, untracked);
+	return SK_PASS;
+}
+
+SEC("sk_reuseport/migrate")
+int rpsel_select(struct sk_reuseport_md *ctx)
+{
+	__u32 zero = 0, now, port, b, place, row;
+	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
+	struct bucket *first, *second;
+	__u64 identity, word;
+	struct flow *f;
+	int settling;
+
+	if (!cfg)
+		return SK_PASS;
+
+	if (ctx->migrating_sk) {
+		struct choice c = {};
+
+		/* A connection that waits in a closing TCP listener: it goes as a new one would. */
+		if (!pick(ctx, cfg, ctx->hash, 0, &c))
+			return fallback();
+		COUNT_SLOT(ctx, c.slot, migrated);
+		return SK_PASS;
+	}
+
+	if (affinity == AFFINITY_NONE)
+		return untracked(ctx, cfg, 0);
+
+	now = clock();
+	settling = settling_at(cfg, now);
+	if (!client_port(ctx, &port)) {
+		COUNT(parse_error);
+		return untracked(ctx, cfg, settling);
+	}
+
+	identity = flow_identity(ctx->hash, port);
+	b = first_bucket(identity, buckets);
+	first = bpf_map_lookup_elem(&flows, &b);
+	if (!first)
+		return fallback();
+	f = first->flows;
+	row = b * RPSEL_BUCKET;
+	place = find_in(first, identity, &word);
+	b = second_bucket(identity, buckets);
+	if (place == RPSEL_BUCKET) {
+		second = bpf_map_lookup_elem(&flows, &b);
+		if (!second)
+			return fallback();
+		f = second->flows;
+		row = b * RPSEL_BUCKET;
+		place = find_in(second, identity, &word);
+		if (place == RPSEL_BUCKET)
+			goto unknown;
+	}
+	f += place & (RPSEL_BUCKET - 1);
+	row += place;
+
+	if (age(now, word_second(word)) > 0) {
+		if (expired(word, now, cfg->idle, cfg->idle_new))
+			goto forgotten;
+		if (!frozen(cfg, now)) {
+			__u64 fresh = refreshed(word, now);
+
+			/* Losing this exchange is no loss: somebody else wrote news. */
+			if (fresh != word && exchange(&f->word, word, fresh))
+				word = fresh;
+		}
+	}
+	if (choose(ctx, word_slot(word), word_incarnation(word))) {
+		COUNT_SLOT(ctx, word_slot(word), hit);
+		return SK_PASS;
+	}
+	if (frozen(cfg, now))
+		return untracked(ctx, cfg, settling);
+	return rehome(ctx, cfg, f, row, identity, word, now);
+
+forgotten:
+	/* Silent for too long: it may be taken over, so it is a new flow now. */
+	second = bpf_map_lookup_elem(&flows, &b);
+	if (!second)
+		return fallback();
+unknown:
+	if (frozen(cfg, now))
+		return untracked(ctx, cfg, settling);
+	return admit(ctx, cfg, first, second, identity, port, now, settling);
+}
+
+/* rpsel_clock tells user space, by BPF_PROG_TEST_RUN, which second it is. */
+SEC("socket")
+int rpsel_clock(struct __sk_buff *skb)
+{
+	(void)skb;
+	return clock();
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,201 @@
+package testnet
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// envServe makes a test binary a server. It holds the work as JSON.
+const envServe = "RPSEL_TESTNET_SERVE"
+
+// work is what a server process does.
+type work struct {
+	ServerOptions
+	Names []string // of the sockets, in the order they are bound
+}
+
+// Main is a TestMain for packages whose tests start servers.
+func Main(m *testing.M) {
+	MaybeServe()
+	os.Exit(m.Run())
+}
+
+// MaybeServe turns the process into a server and does not return, if
+// StartServer or StartGroup started it. A TestMain calls it first.
+func MaybeServe() {
+	encoded, ok := os.LookupEnv(envServe)
+	if !ok {
+		return
+	}
+	var w work
+	err := json.Unmarshal([]byte(encoded), &w)
+	if err == nil {
+		err = w.serve()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// serve binds the sockets, reports each on standard output, answers clients
+// and obeys orders from standard input until that ends. It is one thread with
+// one epoll, so that orders and answers never overlap.
+func (w *work) serve() error {
+	if w.UID != 0 {
+		if err := syscall.Setuid(w.UID); err != nil {
+			return os.NewSyscallError("setuid", err)
+		}
+	}
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("epoll_create1", err)
+	}
+	watch := func(fd int) error {
+		event := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
+		return os.NewSyscallError("epoll_ctl", unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event))
+	}
+	var listeners []int           // descriptors by index
+	names := make(map[int]string) // of listeners, by descriptor
+	add := func(name string) error {
+		fd, err := w.bind()
+		if err != nil {
+			return err
+		}
+		listeners = append(listeners, fd)
+		names[fd] = name
+		return watch(fd)
+	}
+	for _, name := range w.Names {
+		if err := add(name); err != nil {
+			return err
+		}
+		fmt.Println(w.Addr)
+	}
+	if err := watch(unix.Stdin); err != nil {
+		return err
+	}
+	buf := make([]byte, 64<<10)
+	events := make([]unix.EpollEvent, 64)
+	for {
+		n, err := unix.EpollWait(epoll, events, -1)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("epoll_wait", err)
+		}
+		for _, event := range events[:max(n, 0)] {
+			fd := int(event.Fd)
+			name, isListener := names[fd]
+			switch {
+			case fd == unix.Stdin:
+				n, err := unix.Read(fd, buf)
+				if n <= 0 {
+					return err // the test has ended
+				}
+				var index int
+				order := strings.TrimSuffix(string(buf[:n]), "\n")
+				if name, ok := strings.CutPrefix(order, "add "); ok {
+					err = add(name)
+				} else if _, err = fmt.Sscanf(order, "close %d", &index); err == nil {
+					delete(names, listeners[index])
+					err = unix.Close(listeners[index])
+				}
+				if err != nil {
+					return fmt.Errorf("%s: %w", order, err)
+				}
+				fmt.Println(w.Addr)
+			case !isListener: // a connection, or closed by an order just now
+				if n, _ := unix.Read(fd, buf); n <= 0 {
+					unix.Close(fd)
+				}
+			case w.stream():
+				conn, _, err := unix.Accept4(fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+				if err != nil {
+					continue // the client has given up
+				}
+				unix.Write(conn, []byte(name))
+				if err := watch(conn); err != nil {
+					return err
+				}
+			default:
+				n, client, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT)
+				if err == nil {
+					unix.Sendto(fd, append(buf[:n:n], name...), 0, client)
+				}
+			}
+		}
+	}
+}
+
+func (w *work) stream() bool { return strings.HasPrefix(w.Network, "tcp") }
+
+// bind makes a socket, and turns port 0 in w.Addr into the one it got.
+func (w *work) bind() (int, error) {
+	addr, err := netip.ParseAddrPort(w.Addr)
+	if err != nil {
+		return -1, err
+	}
+	kind, family := unix.SOCK_DGRAM, unix.AF_INET
+	if w.stream() {
+		kind = unix.SOCK_STREAM
+	}
+	if strings.HasSuffix(w.Network, "6") {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
+	}
+	opts := w.Sockopts
+	if w.ReusePort {
+		opts = append(opts, Sockopt{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1})
+	}
+	if family == unix.AF_INET6 {
+		v6only := 0
+		if w.V6Only {
+			v6only = 1
+		}
+		opts = append(opts, Sockopt{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only})
+	}
+	for _, o := range opts {
+		if err := unix.SetsockoptInt(fd, o.Level, o.Name, o.Value); err != nil {
+			return -1, os.NewSyscallError("setsockopt", err)
+		}
+	}
+	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
+		return -1, os.NewSyscallError("bind", err)
+	}
+	if w.stream() {
+		if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
+			return -1, os.NewSyscallError("listen", err)
+		}
+	}
+	bound, err := unix.Getsockname(fd)
+	if err != nil {
+		return -1, os.NewSyscallError("getsockname", err)
+	}
+	switch bound := bound.(type) {
+	case *unix.SockaddrInet4:
+		addr = netip.AddrPortFrom(addr.Addr(), uint16(bound.Port))
+	case *unix.SockaddrInet6:
+		addr = netip.AddrPortFrom(addr.Addr(), uint16(bound.Port))
+	}
+	w.Addr = addr.String()
+	return fd, nil
+}
+
+// sockaddr is the address for system calls.
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+}

@@ -1,0 +1,213 @@
+package loader
+
+import (
+	"iter"
+	"net/netip"
+	"time"
+
+	"github.com/rpsel/rpsel/maps"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Flow is a tracked flow.
+type Flow struct {
+	// Local is the group's address.
+	Local netip.AddrPort
+	// Client is the peer. A client of an IPv6 group that speaks IPv4 has an
+	// IPv4 address.
+	Client netip.AddrPort
+	// Slot is where its listener is, or was if that died since.
+	Slot int
+	// Orphan tells that the listener died: the flow gets another one with its
+	// next packet.
+	Orphan bool
+	// State is maps.New or maps.Established.
+	State maps.State
+	// Age is how long ago the first packet came, Idle the last one, and Since
+	// how long the flow has had its present listener; in whole seconds.
+	Age, Idle, Since time.Duration
+	// Settling tells that the flow was first seen while the group settled, and
+	// so was left where the kernel's hash had it.
+	Settling bool
+	// Hash is the kernel's own hash of the flow's addresses and ports.
+	Hash uint32
+}
+
+// Rehomed reports whether the flow once had a listener that died.
+func (f Flow) Rehomed() bool { return f.Since < f.Age }
+
+// Flows yields the tracked flows that have not expired, in no particular order.
+// Flows that come or go meanwhile may be missing or not.
+func (g *Group) Flows() iter.Seq2[Flow, error] {
+	return func(yield func(Flow, error) bool) {
+		now, err := g.state.now()
+		if err != nil {
+			yield(Flow{}, err)
+			return
+		}
+		orphan, err := g.state.orphans()
+		if err != nil {
+			yield(Flow{}, err)
+			return
+		}
+		for e := range g.state.flows.All(now, g.state.config.Limits()) {
+			if !yield(g.flow(e, now, orphan), nil) {
+				return
+			}
+		}
+	}
+}
+
+// age is how long ago a second was; never negative, for people.
+func age(now, second uint32) time.Duration {
+	return time.Duration(max(0, maps.Age(now, second))) * time.Second
+}
+
+func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow {
+	hash, _ := maps.HashOf(e.Identity)
+	return Flow{
+		Local:    g.key.Addr,
+		Client:   e.Client,
+		Slot:     int(e.Word.Slot()),
+		Orphan:   orphan(e.Word),
+		State:    e.Word.State(),
+		Age:      age(now, e.Created),
+		Idle:     age(now, e.Word.Second()),
+		Since:    age(now, e.Since),
+		Settling: maps.Age(g.state.config.Values().Settled, e.Created) > 0,
+		Hash:     hash,
+	}
+}
+
+// orphans returns a function that tells whether a flow's listener is gone.
+func (s *state) orphans() (func(maps.Word) bool, error) {
+	registered, err := s.registered()
+	if err != nil {
+		return nil, err
+	}
+	var alive [maps.Slots]bool
+	for _, slot := range registered {
+		alive[slot] = true
+	}
+	return func(w maps.Word) bool {
+		return !alive[w.Slot()] || !w.SameIncarnation(s.listeners.Incarnation(w.Slot()))
+	}, nil
+}
+
+// CountFlows counts the tracked flows that have not expired, and how many of
+// them are established.
+func (g *Group) CountFlows() (tracked, established int, err error) {
+	now, err := g.state.now()
+	if err != nil {
+		return 0, 0, err
+	}
+	for w := range g.state.flows.Words(now, g.state.config.Limits()) {
+		tracked++
+		if w.State() == maps.Established {
+			established++
+		}
+	}
+	return tracked, established, nil
+}
+
+// Flush forgets the flows for which match returns true, or all of them if match
+// is nil, and returns how many. The next packet of such a flow is that of a new
+// one. Flows that are heard of while they are looked at are tried again.
+func (g *Group) Flush(match func(Flow) bool) (n int, err error) {
+	now, err := g.state.now()
+	if err != nil {
+		return 0, err
+	}
+	orphan, err := g.state.orphans()
+	if err != nil {
+		return 0, err
+	}
+	const tries = 3
+	for range tries {
+		missed := false
+		for e := range g.state.flows.All(now, g.state.config.Limits()) {
+			if match != nil && !match(g.flow(e, now, orphan)) {
+				continue
+			}
+			if g.state.flows.Forget(e) {
+				n++
+			} else {
+				missed = true
+			}
+		}
+		if !missed {
+			break
+		}
+	}
+	return n, nil
+}
+
+// Forecast is what taking the program off would do.
+type Forecast struct {
+	// Flows is how many flows are tracked.
+	Flows int
+	// Move is how many of them the kernel's hash would serve elsewhere.
+	Move int
+}
+
+// DetachForecast tells how many flows a detach would move.
+func (g *Group) DetachForecast() (Forecast, error) {
+	var f Forecast
+	order, err := g.kernelOrder()
+	if err != nil {
+		return f, err
+	}
+	registered, err := g.state.registered()
+	if err != nil {
+		return f, err
+	}
+	for flow, err := range g.Flows() {
+		if err != nil {
+			return f, err
+		}
+		f.Flows++
+		if flow.Orphan || len(order) == 0 {
+			continue
+		}
+		slot, ok := registered[order[maps.Scale(flow.Hash, uint32(len(order)))].Cookie]
+		if !ok || int(slot) != flow.Slot {
+			f.Move++
+		}
+	}
+	return f, nil
+}
+
+// Where returns the member of the group that plain Linux would pick for the
+// flow now. It reports false if the group has no member left.
+func (g *Group) Where(f Flow) (sockets.Socket, bool, error) {
+	order, err := g.kernelOrder()
+	if err != nil || len(order) == 0 {
+		return sockets.Socket{}, false, err
+	}
+	return order[maps.Scale(f.Hash, uint32(len(order)))], true, nil
+}
+
+// kernelOrder returns the members of the live group as the kernel has them.
+func (g *Group) kernelOrder() ([]sockets.Socket, error) {
+	live, err := g.live()
+	if err != nil {
+		return nil, err
+	}
+	return live.Members, nil
+}
+
+// live finds the group in the kernel; without members, if there is none.
+func (g *Group) live() (sockets.Group, error) { return liveGroup(g.key) }
+
+func liveGroup(key Key) (sockets.Group, error) {
+	groups, err := sockets.Find(sockets.Query{NetNS: key.NetNS, Proto: key.Proto, Port: key.Addr.Port(), Addr: key.Addr.Addr()})
+	if err != nil {
+		return sockets.Group{}, err
+	}
+	for _, found := range groups {
+		if found.Key == key && found.Kernel != 0 {
+			return found, nil
+		}
+	}
+	return sockets.Group{Key: key}, nil
+}

@@ -1,0 +1,476 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/rpsel/rpsel/maps"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Group is a handle on an attached reuseport group. Its methods may be called
+// concurrently, but not after Close.
+type Group struct {
+	fs     FS
+	key    Key
+	state  *state
+	fresh  bool
+	joined []int
+	closed sync.Once
+}
+
+// Open returns a handle on an attached group. A zero key.NetNS stands for the
+// caller's network namespace. The caller closes the Group.
+//
+// Errors: ErrNotAttached, ErrIncompatible, ErrPermission.
+func Open(key Key) (*Group, error) { return DefaultFS.Open(key) }
+
+// Open is the function of the same name, with state on this bpffs.
+func (fs FS) Open(key Key) (*Group, error) {
+	if key.NetNS == 0 {
+		own, err := ownNetNS()
+		if err != nil {
+			return nil, err
+		}
+		key.NetNS = own
+	}
+	s, err := fs.open(key)
+	if err != nil {
+		return nil, err
+	}
+	return &Group{fs: fs, key: key, state: s}, nil
+}
+
+// Close gives back the group's descriptors and memory. The kernel keeps
+// balancing. It is idempotent.
+func (g *Group) Close() (err error) {
+	g.closed.Do(func() { err = g.state.close() })
+	return err
+}
+
+// Key names the group.
+func (g *Group) Key() Key { return g.key }
+
+// Fresh reports whether the Attach that returned the group made its state.
+func (g *Group) Fresh() bool { return g.fresh }
+
+// Joined lists the slots that the Attach that returned the group filled.
+func (g *Group) Joined() []int { return slices.Clone(g.joined) }
+
+// change runs f with the namespace's lock held, on the state as it should be
+// after the listeners that died since.
+func (g *Group) change(f func(now uint32) error) error {
+	l, err := g.fs.lock(g.key.NetNS)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s: %w: it was detached", g.key, ErrNotAttached)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", g.key, err)
+	}
+	defer l.unlock()
+	if _, err := os.Stat(g.fs.groupDir(g.key)); err != nil {
+		return fmt.Errorf("%s: %w: it was detached", g.key, ErrNotAttached)
+	}
+	now, err := g.state.now()
+	if err != nil {
+		return err
+	}
+	if err := g.state.repair(now); err != nil {
+		return fmt.Errorf("%s: %w", g.key, err)
+	}
+	return f(now)
+}
+
+// Register gives a member of the group a slot and its share of new flows, once
+// the group has settled. No existing flow moves. A socket that has a slot keeps
+// it. Register borrows conn; the slot becomes empty when its socket closes.
+//
+// Errors: sockets.ErrOtherGroup, sockets.ErrOtherUID, ErrNotAttached (also when
+// all sockets of the group had closed: then Attach it again), ErrUnregistrable,
+// ErrFull, ErrLocked.
+func (g *Group) Register(conn syscall.Conn) (slot int, err error) {
+	if err := sockets.SameGroup(conn, g.key); err != nil {
+		return 0, fmt.Errorf("register with %s: %w", g.key, err)
+	}
+	cookie, err := sockets.Cookie(conn)
+	if err != nil {
+		return 0, err
+	}
+	err = g.change(func(now uint32) error {
+		registered, err := g.state.registered()
+		if err != nil {
+			return err
+		}
+		if at, ok := registered[cookie]; ok {
+			slot = int(at)
+			return nil
+		}
+		p, err := makePlan(g.key, conn, g.state, Options{Partial: true, Replace: true})
+		if err != nil {
+			return err
+		}
+		if !p.Attached {
+			return fmt.Errorf("%s: %w: its last socket had closed: attach it again", g.key, ErrNotAttached)
+		}
+		same := func(m sockets.Socket) bool { return m.Cookie == cookie }
+		if i := slices.IndexFunc(p.Skipped, func(u Unregistered) bool { return same(u.Socket) }); i >= 0 {
+			return fmt.Errorf("%s: %w: %w", g.key, ErrUnregistrable, p.Skipped[i].Reason)
+		}
+		records, err := g.state.listeners.Records()
+		if err != nil {
+			return err
+		}
+		member := p.Register[slices.IndexFunc(p.Register, same)]
+		at, err := g.state.seat(member, conn, now, records)
+		if err != nil {
+			return err
+		}
+		slot = int(at)
+		return g.state.activate(now, at)
+	})
+	return slot, err
+}
+
+// Drain ends new flows for the listener in a slot. It keeps those it has, and
+// gets new ones again only when there is no other listener. While the group
+// settles it also keeps the flows the kernel's hash had given it, as far as
+// they cannot be told from new ones. Draining twice is fine.
+//
+// Errors: ErrNoListener, ErrNotAttached, ErrLocked.
+func (g *Group) Drain(slot int) error {
+	return g.alter(slot, func(at uint32, now uint32) error {
+		if g.state.listeners.State(at) == maps.SlotDraining {
+			return nil
+		}
+		g.state.listeners.SetState(at, maps.SlotDraining)
+		return g.state.redeal(now)
+	})
+}
+
+// Resume undoes Drain.
+func (g *Group) Resume(slot int) error {
+	return g.alter(slot, func(at uint32, now uint32) error {
+		if g.state.listeners.State(at) == maps.SlotActive {
+			return nil
+		}
+		return g.state.activate(now, at)
+	})
+}
+
+// MaxWeight is the largest weight of a listener.
+const MaxWeight = 65535
+
+// SetWeight sets the share of new flows that a listener gets, relative to the
+// weights of the others: 1, the default, to MaxWeight. No existing flow moves.
+//
+// Errors: ErrNoListener, ErrNotAttached, ErrLocked.
+func (g *Group) SetWeight(slot, weight int) error {
+	if weight < 1 || weight > MaxWeight {
+		return fmt.Errorf("weight %d: use 1 to %d, or drain the listener", weight, MaxWeight)
+	}
+	return g.alter(slot, func(at uint32, now uint32) error {
+		records, err := g.state.listeners.Records()
+		if err != nil {
+			return err
+		}
+		record := records[at]
+		record.Weight = uint32(weight)
+		if err := g.state.listeners.Record(at, record); err != nil {
+			return err
+		}
+		return g.state.redeal(now, at)
+	})
+}
+
+// alter runs f on a slot that has a living listener.
+func (g *Group) alter(slot int, f func(at, now uint32) error) error {
+	return g.change(func(now uint32) error {
+		if slot >= 0 && slot < maps.Slots {
+			cookie, err := g.state.sockets.Cookie(uint32(slot))
+			if err != nil {
+				return err
+			}
+			if cookie != 0 {
+				return f(uint32(slot), now)
+			}
+		}
+		return fmt.Errorf("%s: slot %d: %w", g.key, slot, ErrNoListener)
+	})
+}
+
+// join registers sockets of other processes and gives them their share.
+func (g *Group) join(members []sockets.Socket, now uint32) error {
+	if err := g.seatAll(members, now); err != nil {
+		return err
+	}
+	if len(members) == 0 {
+		return nil
+	}
+	slots := make([]uint32, 0, len(g.joined))
+	for _, slot := range g.joined {
+		slots = append(slots, uint32(slot))
+	}
+	return g.state.activate(now, slots...)
+}
+
+// seatAll puts sockets of other processes into slots, without a share yet. A
+// socket that closed meanwhile is passed over.
+func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
+	records, err := g.state.listeners.Records()
+	if err != nil {
+		return err
+	}
+	for _, m := range members {
+		conn, err := takeAny(m)
+		if errors.Is(err, sockets.ErrGone) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		// Kept open, it would keep a dead server's socket in the group.
+		slot, err := g.state.seat(m, conn, now, records)
+		conn.Close()
+		if err != nil {
+			return err
+		}
+		g.joined = append(g.joined, int(slot))
+	}
+	return nil
+}
+
+// takeAny borrows a socket from any of its holders.
+func takeAny(m sockets.Socket) (conn *sockets.Conn, err error) {
+	err = sockets.ErrGone
+	for _, h := range m.Holders {
+		if conn, err = sockets.Take(h, m.Cookie); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+// registered returns the slots in use, by the cookie of their socket.
+func (s *state) registered() (map[uint64]uint32, error) {
+	records, err := s.listeners.Records()
+	if err != nil {
+		return nil, err
+	}
+	slots := make(map[uint64]uint32, len(records))
+	for slot := range records {
+		cookie, err := s.sockets.Cookie(slot)
+		if err != nil {
+			return nil, err
+		}
+		if cookie != 0 {
+			slots[cookie] = slot
+		}
+	}
+	return slots, nil
+}
+
+// repair finishes what a killed command began, and buries the listeners that
+// died. Afterwards every slot is active or draining and alive, dead, or free.
+func (s *state) repair(now uint32) error {
+	records, err := s.listeners.Records()
+	if err != nil {
+		return err
+	}
+	_, after := s.picks.Load()
+	var late []uint32
+	changed := false
+	for slot, record := range records {
+		cookie, err := s.sockets.Cookie(slot)
+		if err != nil {
+			return err
+		}
+		state := s.listeners.State(slot)
+		switch {
+		case cookie == 0 && state <= maps.SlotJoining:
+			s.listeners.SetState(slot, maps.SlotFree)
+			if err := s.listeners.Unrecord(slot); err != nil {
+				return err
+			}
+		case cookie == 0 && record.Dead == 0:
+			s.listeners.Bury(slot)
+			record.Dead, record.Died = 1, now
+			if err := s.listeners.Record(slot, record); err != nil {
+				return err
+			}
+			changed = true
+		case cookie == 0:
+		case state <= maps.SlotJoining, state == maps.SlotActive && !slices.Contains(after, uint16(slot)):
+			late = append(late, slot)
+		}
+	}
+	if len(late) > 0 {
+		slices.Sort(late)
+		return s.activate(now, late...)
+	}
+	if changed {
+		return s.redeal(now)
+	}
+	return nil
+}
+
+// vacancy chooses the slot for a new listener: the one that has been dead for
+// longest, or one that was never used. Flows of the dead one are told from the
+// new one's by the incarnation.
+func vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
+	best, longest := uint32(maps.NoSlot), int32(-1)
+	for slot, record := range records {
+		if record.Dead == 0 {
+			continue
+		}
+		dead := maps.Age(now, record.Died)
+		if dead > longest || dead == longest && slot < best {
+			best, longest = slot, dead
+		}
+	}
+	if best != maps.NoSlot {
+		return best, nil
+	}
+	for slot := range uint32(maps.Slots) {
+		if _, used := records[slot]; !used {
+			return slot, nil
+		}
+	}
+	return 0, fmt.Errorf("%w: a group has %d", ErrFull, maps.Slots)
+}
+
+// seat puts a socket into a slot, without a share yet. Each step leaves a state
+// that repair completes or takes back: first the record, then the number by
+// which the flows of the slot's last listener are none of the new one's, then
+// the socket. It keeps records, those of all slots, up to date.
+func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records map[uint32]maps.Listener) (uint32, error) {
+	slot, err := vacancy(records, now)
+	if err != nil {
+		return 0, err
+	}
+	base, err := s.counters.Slot(slot)
+	if err != nil {
+		return 0, err
+	}
+	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: 1, Joined: now}
+	if len(m.Holders) > 0 {
+		record.Pid = uint32(m.Holders[0].PID)
+		record.Command = packCommand(m.Holders[0].Command)
+	}
+	s.listeners.SetState(slot, maps.SlotJoining)
+	s.listeners.NextIncarnation(slot)
+	if err := s.listeners.Record(slot, record); err != nil {
+		return 0, err
+	}
+	records[slot] = record
+	err = control(conn, func(fd int) error { return s.sockets.Insert(slot, fd) })
+	if err == nil {
+		return slot, nil
+	}
+	delete(records, slot)
+	s.listeners.SetState(slot, maps.SlotFree)
+	if errors.Is(err, maps.ErrInUse) || errors.Is(err, maps.ErrUnfit) {
+		err = fmt.Errorf("%w: %s: %w", ErrUnregistrable, describe(m), err)
+	}
+	return 0, errors.Join(err, s.listeners.Unrecord(slot))
+}
+
+func describe(m sockets.Socket) string {
+	if len(m.Holders) == 0 {
+		return fmt.Sprintf("socket %d", m.Cookie)
+	}
+	holders := make([]string, 0, len(m.Holders))
+	for _, h := range m.Holders {
+		holders = append(holders, h.String())
+	}
+	return strings.Join(holders, ", ")
+}
+
+// activate gives slots their share.
+func (s *state) activate(now uint32, slots ...uint32) error {
+	level := make([]uint16, 0, len(slots))
+	for _, slot := range slots {
+		s.listeners.SetState(slot, maps.SlotActive)
+		level = append(level, uint16(slot))
+	}
+	return s.dealAll(now, nil, level)
+}
+
+// redeal repairs the pick table after listeners left or changed.
+func (s *state) redeal(now uint32, level ...uint32) error {
+	var at []uint16
+	for _, slot := range level {
+		at = append(at, uint16(slot))
+	}
+	return s.dealAll(now, nil, at)
+}
+
+// deal starts from a new table.
+func (s *state) deal(now uint32, table maps.Table) error {
+	records, err := s.listeners.Records()
+	if err != nil {
+		return err
+	}
+	for slot := range records {
+		if s.listeners.State(slot) == maps.SlotJoining {
+			s.listeners.SetState(slot, maps.SlotActive)
+		}
+	}
+	return s.dealAll(now, table, nil)
+}
+
+// dealAll repairs the pick table, or a new one, for the listeners as they are.
+func (s *state) dealAll(now uint32, table maps.Table, level []uint16) error {
+	records, err := s.listeners.Records()
+	if err != nil {
+		return err
+	}
+	active, settled := map[uint16]uint32{}, map[uint16]uint32{}
+	for slot, record := range records {
+		cookie, err := s.sockets.Cookie(slot)
+		if err != nil {
+			return err
+		}
+		if cookie == 0 {
+			continue
+		}
+		switch s.listeners.State(slot) {
+		case maps.SlotActive:
+			active[uint16(slot)] = record.Weight
+			settled[uint16(slot)] = record.Weight
+		case maps.SlotDraining:
+			settled[uint16(slot)] = 0
+		}
+	}
+	settling, after := s.picks.Load()
+	if table != nil {
+		settling, after = slices.Clone(table), table
+	}
+	limit := s.picks.Limit()
+	settling, after = settling.Grow(len(active), limit), after.Grow(len(active), limit)
+	after.Deal(active, level...)
+	if s.config.Settling(now) == 0 {
+		settling = after
+	} else {
+		settling.Deal(settled)
+	}
+	return s.picks.Store(settling, after)
+}
+
+// evict empties all slots, so that other tools may have the sockets at once
+// and not only when the kernel has freed the array.
+func (s *state) evict() error {
+	records, err := s.listeners.Records()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for slot := range records {
+		errs = append(errs, s.sockets.Remove(slot))
+	}
+	return errors.Join(errs...)
+}

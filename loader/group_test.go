@@ -1,0 +1,418 @@
+package loader_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+func TestMain(m *testing.M) { testnet.Main(m) }
+
+// Every combination of listener and client family.
+var cases = []struct{ network, listen, remote string }{
+	{"udp4", "127.0.0.1:1194", "127.0.0.1:1194"},
+	{"udp4", "0.0.0.0:1194", "127.0.0.1:1194"},
+	{"udp6", "[::1]:1194", "[::1]:1194"},
+	{"udp6", "[::]:1194", "[::1]:1194"},
+	{"udp6", "[::]:1194", "127.0.0.1:1194"},
+}
+
+// noSettle ends settling at once: what looks like a new flow is one.
+var noSettle = loader.Options{Settle: -1}
+
+// member borrows a socket of the namespace's group on port 1194.
+func member(t *testing.T, ns *testnet.NetNS) *sockets.Conn {
+	t.Helper()
+	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
+	if err != nil || len(groups) != 1 {
+		t.Fatalf("groups on port 1194: %v, %v", groups, err)
+	}
+	for _, m := range groups[0].Members {
+		for _, h := range m.Holders {
+			conn, err := sockets.Take(h, m.Cookie)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			return conn
+		}
+	}
+	t.Fatal("nobody holds a socket on port 1194")
+	return nil
+}
+
+// attach attaches the group on port 1194, and gives the borrowed socket back.
+func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, o loader.Options) *loader.Group {
+	t.Helper()
+	conn := member(t, ns)
+	g, err := fs.Attach(conn, o)
+	conn.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.Close() })
+	return g
+}
+
+func status(t *testing.T, g *loader.Group) loader.Status {
+	t.Helper()
+	s, err := g.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// P0: attaching moves no flow, also after closes have put members into holes of
+// the kernel's order, and detaching brings back the kernel's hash.
+func TestAttachMovesNothing(t *testing.T) {
+	for _, c := range cases {
+		for _, n := range []int{1, 2, 3, 4, 8, 64} {
+			t.Run(fmt.Sprintf("%s from %s, %d", c.listen, c.remote, n), func(t *testing.T) {
+				ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+				servers := testnet.StartGroup(t, ns, n+2, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+				servers.Close(0)
+				servers.Close(1 + n/2)
+				clients := testnet.NewClients(t, ns, 1000, c.remote)
+				before := clients.Ask()
+
+				g := attach(t, fs, ns, loader.Options{})
+				if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+					t.Fatalf("flows moved at the attach: %s", diff)
+				}
+				// A second attach has nothing to do.
+				again := attach(t, fs, ns, loader.Options{})
+				if again.Fresh() || len(again.Joined()) != 0 {
+					t.Errorf("attach again: fresh %v, joined %v", again.Fresh(), again.Joined())
+				}
+				if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+					t.Fatalf("flows moved at the second attach: %s", diff)
+				}
+				s := status(t, g)
+				if !s.Attached || len(s.Listeners) != n || s.Tracked != 1000 || s.Counters.Hit != 1000 || s.Counters.New != 1000 || s.Counters.Runs != 2000 {
+					t.Errorf("status %+v", s)
+				}
+
+				forecast, err := g.DetachForecast()
+				if want := (loader.Forecast{Flows: 1000}); err != nil || forecast != want {
+					t.Errorf("forecast %+v, %v, want %+v", forecast, err, want)
+				}
+				d, err := fs.Detach(g.Key())
+				if want := (loader.Detached{Key: g.Key(), Program: true, Listeners: n, Flows: 1000}); err != nil || d != want {
+					t.Errorf("detached %+v, %v, want %+v", d, err, want)
+				}
+				if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+					t.Fatalf("flows moved at the detach: %s", diff)
+				}
+				// Detached for good: the sockets are free for another array.
+				attach(t, fs, ns, loader.Options{})
+				if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+					t.Fatalf("flows moved when attached once more: %s", diff)
+				}
+			})
+		}
+	}
+}
+
+// P1, P2 and P3: one by one every listener closes and another joins. The same
+// without the program is the control, that sees flows of others move.
+func TestCloseAndJoin(t *testing.T) {
+	const flows = 600
+	for _, sticky := range []bool{true, false} {
+		for _, c := range cases {
+			for _, n := range []int{1, 2, 3, 4, 8, 64} {
+				if !sticky && n < 3 {
+					continue // nobody else to be harmed
+				}
+				t.Run(fmt.Sprintf("sticky %v, %s from %s, %d", sticky, c.listen, c.remote, n), func(t *testing.T) {
+					ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+					servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+					clients := testnet.NewClients(t, ns, flows, c.remote)
+					if sticky {
+						attach(t, fs, ns, noSettle)
+					}
+					now := clients.Ask()
+					moved := 0
+					for index := range n {
+						if n > 1 {
+							gone := servers.Names[index]
+							servers.Close(index)
+							then := clients.Ask()
+							moved += testnet.Moved(now, then, gone)
+							if testnet.Shares(then)[gone]+testnet.Shares(then)[""] != 0 {
+								t.Fatalf("after %s closed: %v", gone, testnet.Shares(then))
+							}
+							now = then
+						}
+						name := servers.Add()
+						if sticky {
+							attach(t, fs, ns, noSettle)
+						}
+						then := clients.Ask()
+						moved += testnet.Moved(now, then)
+						now = then
+						// The joiner gets its share of new flows.
+						if !sticky {
+							continue
+						}
+						fresh := testnet.Shares(testnet.NewClients(t, ns, 20+10*n, c.remote).Ask())
+						if fresh[name] == 0 || fresh[""] != 0 {
+							t.Fatalf("%s joined, new flows went to %v", name, fresh)
+						}
+					}
+					switch {
+					case sticky && moved != 0:
+						t.Errorf("%d flows of healthy listeners moved", moved)
+					case !sticky && moved < flows/5:
+						t.Errorf("control: only %d flows moved without rpsel", moved)
+					}
+				})
+			}
+		}
+	}
+}
+
+// P2: orphans are spread evenly, and once.
+func TestOrphansAreSpread(t *testing.T) {
+	for _, n := range []int{2, 3, 4, 8} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			const flows = 8000
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+			clients := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")
+			g := attach(t, fs, ns, noSettle)
+			before := clients.Ask()
+			servers.Close(0)
+			after := clients.Ask()
+			orphans := map[string]int{}
+			total := 0
+			for i := range before {
+				if before[i] == servers.Names[0] {
+					orphans[after[i]]++
+					total++
+				}
+			}
+			for name, got := range orphans {
+				if even := total / (n - 1); n > 2 && (got < even*7/10 || got > even*13/10) {
+					t.Errorf("%s got %d of %d orphans", name, got, total)
+				}
+			}
+			if s := status(t, g); s.Counters.Rehomed != uint64(total) || s.Counters.Fallback != 0 {
+				t.Errorf("%d orphans, counters %+v", total, s.Counters)
+			}
+			if diff := cmp.Diff(after, clients.Ask()); diff != "" {
+				t.Errorf("orphans moved twice: %s", diff)
+			}
+		})
+	}
+}
+
+// With no process of rpsel at all, half and seven eighths of the listeners die.
+// New flows and orphans spread evenly over the rest, none by the kernel's hash.
+func TestManyDie(t *testing.T) {
+	for _, c := range []struct{ n, dead int }{{8, 4}, {8, 7}, {16, 8}, {16, 14}, {64, 56}} {
+		t.Run(fmt.Sprintf("%d of %d", c.dead, c.n), func(t *testing.T) {
+			const flows = 20000
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, c.n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+			tracked := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")
+			g := attach(t, fs, ns, noSettle)
+			before := tracked.Ask()
+			dead := []string{}
+			for i := range c.dead {
+				// Spread over the order, the first bound among them.
+				servers.Close(i * c.n / c.dead)
+				dead = append(dead, servers.Names[i*c.n/c.dead])
+			}
+			after := tracked.Ask()
+			if moved := testnet.Moved(before, after, dead...); moved != 0 {
+				t.Errorf("%d flows of healthy listeners moved", moved)
+			}
+			even := func(what string, shares map[string]int) {
+				t.Helper()
+				want := flows / (c.n - c.dead)
+				if len(shares) != c.n-c.dead {
+					t.Errorf("%s: went to %d of %d survivors", what, len(shares), c.n-c.dead)
+				}
+				for name, got := range shares {
+					if got < want*9/10 || got > want*11/10 {
+						t.Errorf("%s: %s has %d, even would be %d", what, name, got, want)
+					}
+				}
+			}
+			even("orphans", testnet.Shares(after))
+			even("new flows", testnet.Shares(testnet.NewClients(t, ns, flows, "127.0.0.1:1194").Ask()))
+			if s := status(t, g); s.Counters.Fallback != 0 {
+				t.Errorf("%d packets were left to the kernel's hash", s.Counters.Fallback)
+			}
+		})
+	}
+}
+
+// P4: a draining listener keeps its flows and gets no other, also when one dies;
+// when all drain, new flows are served all the same.
+func TestDrain(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	clients := testnet.NewClients(t, ns, 1000, "127.0.0.1:1194")
+	g := attach(t, fs, ns, noSettle)
+	before := clients.Ask()
+
+	fresh := func() map[string]int {
+		return testnet.Shares(testnet.NewClients(t, ns, 400, "127.0.0.1:1194").Ask())
+	}
+	if fresh()["s0"] == 0 {
+		t.Fatal("s0 gets no new flow before it drains: the test cannot tell")
+	}
+	for range 2 { // twice is fine
+		if err := g.Drain(0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := fresh(); got["s0"] != 0 || len(got) != 3 {
+		t.Errorf("s0 drains, new flows went to %v", got)
+	}
+	servers.Close(1)
+	after := clients.Ask()
+	if moved := testnet.Moved(before, after, "s1"); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+	if before, after := testnet.Shares(before)["s0"], testnet.Shares(after)["s0"]; before != after {
+		t.Errorf("s0 drains and had %d flows, then %d", before, after)
+	}
+	if got := fresh(); got["s0"] != 0 {
+		t.Errorf("s0 drains and s1 died, new flows went to %v", got)
+	}
+	for _, slot := range []int{2, 3} {
+		if err := g.Drain(slot); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := fresh(); got[""] != 0 || got["s0"] == 0 || got["s2"] == 0 {
+		t.Errorf("all drain, new flows went to %v", got)
+	}
+	if s := status(t, g); !s.AllDraining || s.Counters.Fallback != 0 {
+		t.Errorf("all drain: %+v", s)
+	}
+	if err := g.Resume(3); err != nil {
+		t.Fatal(err)
+	}
+	if got := fresh(); got["s3"] != 400 {
+		t.Errorf("s3 resumed alone, new flows went to %v", got)
+	}
+	if diff := cmp.Diff(after, clients.Ask()); diff != "" {
+		t.Errorf("flows moved: %s", diff)
+	}
+}
+
+func TestWeights(t *testing.T) {
+	const flows = 7000
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	clients := testnet.NewClients(t, ns, 1000, "127.0.0.1:1194")
+	g := attach(t, fs, ns, noSettle)
+	before := clients.Ask()
+	for slot, weight := range []int{1, 2, 4} {
+		if err := g.SetWeight(slot, weight); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+		t.Errorf("flows moved: %s", diff)
+	}
+	got := testnet.Shares(testnet.NewClients(t, ns, flows, "127.0.0.1:1194").Ask())
+	for name, weight := range map[string]int{"s0": 1, "s1": 2, "s2": 4} {
+		if want := flows * weight / 7; got[name] < want*9/10 || got[name] > want*11/10 {
+			t.Errorf("%s has weight %d and %d new flows, want about %d", name, weight, got[name], want)
+		}
+	}
+}
+
+// A joiner waits for its share until the group has settled, since until then
+// flows that look new may be old ones: those stay where the kernel had them.
+func TestSettling(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	silent := testnet.NewClients(t, ns, 1000, "127.0.0.1:1194")
+	before := silent.Ask()
+	attach(t, fs, ns, loader.Options{})
+	name := servers.Add()
+	g := attach(t, fs, ns, loader.Options{})
+	if s := status(t, g); s.Settling == 0 || len(s.Listeners) != 4 {
+		t.Fatalf("status %+v", s)
+	}
+	// Not one of them was seen between the attach and the join.
+	if moved := testnet.Moved(before, silent.Ask()); moved != 0 {
+		t.Errorf("%d untracked flows moved while the group settles", moved)
+	}
+	attach(t, fs, ns, noSettle)
+	if got := testnet.Shares(testnet.NewClients(t, ns, 400, "127.0.0.1:1194").Ask())[name]; got == 0 {
+		t.Error("settled, and the joiner gets no new flow")
+	}
+	if moved := testnet.Moved(before, silent.Ask()); moved != 0 {
+		t.Errorf("%d flows moved when settling ended", moved)
+	}
+}
+
+// P7: with no live listener registered, the kernel picks, and that is counted.
+func TestFallback(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	clients := testnet.NewClients(t, ns, 200, "127.0.0.1:1194")
+	g := attach(t, fs, ns, noSettle)
+	clients.Ask()
+	stranger := servers.Add() // not registered
+	servers.Close(0)
+	servers.Close(1)
+	for range 2 {
+		if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
+			t.Fatalf("only %s is left, answers came from %v", stranger, got)
+		}
+	}
+	s := status(t, g)
+	if s.Counters.Fallback != 400 || s.Counters.Runs != 600 {
+		t.Errorf("counters %+v", s.Counters)
+	}
+	if len(s.Unregistered) != 1 || s.Unregistered[0].Reason != nil {
+		t.Errorf("unregistered %+v", s.Unregistered)
+	}
+	// The next command mends all.
+	attach(t, fs, ns, noSettle)
+	if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
+		t.Errorf("answers came from %v", got)
+	}
+	if s := status(t, g); s.Counters.Fallback != 400 || s.Counters.Rehomed != 200 {
+		t.Errorf("counters %+v", s.Counters)
+	}
+}
+
+// The group's last socket closes, and with it the kernel's group and the
+// program. The server comes back, and so does the stickiness.
+func TestGroupComesBack(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	o := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true}
+	servers := testnet.StartGroup(t, ns, 3, o)
+	clients := testnet.NewClients(t, ns, 1000, "127.0.0.1:1194")
+	g := attach(t, fs, ns, noSettle)
+	clients.Ask()
+	servers.Kill()
+	if s := status(t, g); s.Attached || len(s.Listeners) != 3 || s.Listeners[0].State != "dead" {
+		t.Errorf("status %+v", s)
+	}
+	o.Name = "t"
+	servers = testnet.StartGroup(t, ns, 3, o)
+	before := clients.Ask()
+	attach(t, fs, ns, loader.Options{})
+	if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+		t.Errorf("flows moved when attached again: %s", diff)
+	}
+	servers.Close(0)
+	if moved := testnet.Moved(before, clients.Ask(), "t0"); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+}

@@ -1,0 +1,121 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Key names a reuseport group.
+type Key = sockets.Key
+
+// Proto is the transport protocol of a group.
+type Proto = sockets.Proto
+
+// The protocols of a group.
+const (
+	UDP = sockets.UDP
+	TCP = sockets.TCP
+)
+
+// Errors that callers may want to tell apart. All are wrapped with what they
+// are about and the way out.
+var (
+	// ErrNotAttached: there is no rpsel state for the group.
+	ErrNotAttached = errors.New("no rpsel state")
+	// ErrNoListener: no listener has that slot or process.
+	ErrNoListener = errors.New("no such listener")
+	// ErrForeignProgram: the group has a selection program that is not rpsel's.
+	ErrForeignProgram = errors.New("another program is attached to the group")
+	// ErrUnregistrable: a member of the group cannot be registered.
+	ErrUnregistrable = errors.New("a member of the group cannot be registered")
+	// ErrIncompatible: the state is of another version of rpsel.
+	ErrIncompatible = errors.New("state of another version")
+	// ErrFixed: an option cannot be changed while the group is attached.
+	ErrFixed = errors.New("fixed while attached")
+	// ErrLocked: another rpsel command held the namespace's lock for too long.
+	ErrLocked = errors.New("locked by another rpsel command")
+	// ErrNoBPFFS: there is no BPF file system and none could be mounted.
+	ErrNoBPFFS = errors.New("no bpf file system")
+	// ErrPermission: a capability is missing.
+	ErrPermission = sockets.ErrPermission
+	// ErrUnsupported: this kernel lacks a feature.
+	ErrUnsupported = sockets.ErrUnsupported
+	// ErrFull: all slots of the group are taken.
+	ErrFull = errors.New("all slots are taken")
+)
+
+// Defaults of Options.
+const (
+	DefaultFlows   = 262144
+	DefaultIdle    = 300 * time.Second
+	DefaultIdleNew = 30 * time.Second
+	DefaultSettle  = 60 * time.Second
+
+	// MaxFlows bounds Options.Flows: 4 million flows take 240 MiB.
+	MaxFlows = 1 << 24
+	// MinFlows is the smallest table.
+	MinFlows = 64
+	// MaxIdle bounds the idle times: the program's clock of 24 bits cannot
+	// tell longer silences from the future.
+	MaxIdle = 30 * 24 * time.Hour
+)
+
+// Options say how a group is attached. The zero value is what most want.
+type Options struct {
+	// Flows is how many flows the table holds, MinFlows to MaxFlows; memory is
+	// about 60 bytes each. Defaults to DefaultFlows. Fixed while attached.
+	Flows int
+	// Idle is how long an established flow may be silent before it is
+	// forgotten, one second to MaxIdle. Defaults to DefaultIdle.
+	Idle time.Duration
+	// IdleNew is the same for a flow of which one packet came. Defaults to
+	// DefaultIdleNew.
+	IdleNew time.Duration
+	// Settle is how long after the attach flows that look new are left where
+	// the kernel's hash has them: until then flows that began before the
+	// attach may not have been seen. Zero is DefaultSettle; negative is none.
+	Settle time.Duration
+	// Partial attaches although some members of the group cannot be registered,
+	// or have SO_INCOMING_CPU set. Those members lose their share, and existing
+	// flows may move.
+	Partial bool
+	// Replace takes the place of another selection program on the group.
+	Replace bool
+}
+
+// withDefaults checks the options and fills in the defaults.
+func (o Options) withDefaults() (Options, error) {
+	if o.Flows == 0 {
+		o.Flows = DefaultFlows
+	}
+	if o.Idle == 0 {
+		o.Idle = DefaultIdle
+	}
+	if o.IdleNew == 0 {
+		o.IdleNew = DefaultIdleNew
+	}
+	switch {
+	case o.Settle == 0:
+		o.Settle = DefaultSettle
+	case o.Settle < 0:
+		o.Settle = 0
+	}
+	if o.Flows < MinFlows || o.Flows > MaxFlows {
+		return o, fmt.Errorf("flows %d: use %d to %d", o.Flows, MinFlows, MaxFlows)
+	}
+	for _, d := range []struct {
+		name  string
+		value time.Duration
+	}{{"idle", o.Idle}, {"idle-new", o.IdleNew}} {
+		if d.value < time.Second || d.value > MaxIdle {
+			return o, fmt.Errorf("%s %v: use 1s to %v", d.name, d.value, MaxIdle)
+		}
+	}
+	if o.Settle > MaxIdle {
+		return o, fmt.Errorf("settle %v: use at most %v", o.Settle, MaxIdle)
+	}
+	return o, nil
+}

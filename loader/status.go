@@ -1,0 +1,197 @@
+package loader
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/rpsel/rpsel/maps"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Counters count runs of the program. Runs is the sum of the six outcomes that
+// follow it; the last three are parts of Untracked and New. A run is not a
+// packet: a train of datagrams joined by GRO is one run.
+type Counters struct {
+	Runs, Hit, New, Rehomed, Untracked, Fallback, Migrated uint64
+	ParseError, TableFull, Evicted                         uint64
+}
+
+// Listener is what there is to say of a registered listener.
+type Listener struct {
+	Slot   int
+	Cookie uint64
+	// PID and Command are of a process that holds the socket now, or of the
+	// one that held it when it joined.
+	PID     int
+	Command string
+	// State is "active", "draining" or "dead".
+	State      string
+	Weight     int
+	Generation int
+	// Flows is how many tracked flows it has.
+	Flows int
+	// Recent is how many of them began in the last RecentTime.
+	Recent int
+	// Runs of the program that selected it since it joined, by outcome, and
+	// the bytes of their transport headers and payloads.
+	Hit, New, Rehomed, Untracked, Migrated, Bytes uint64
+	// RxQueue is what waits in the socket and Drops what it had to drop, both
+	// -1 if unknown.
+	RxQueue, Drops int
+	// Joined is how long ago it was registered.
+	Joined time.Duration
+}
+
+// RecentTime is what Listener.Recent looks back.
+const RecentTime = 10 * time.Second
+
+// Status is a group's state at one time.
+type Status struct {
+	Key Key
+	// NetNSInode is what people know the network namespace by; 0 if the group
+	// has no member.
+	NetNSInode uint64
+	// Attached tells that the live group has rpsel's program.
+	Attached                  bool
+	Policy, Affinity, Confirm string
+	Idle, IdleNew             time.Duration
+	// Settling is how much longer the group settles.
+	Settling                       time.Duration
+	Tracked, Established, Capacity int
+	Counters                       Counters
+	// Listeners are sorted by slot, Unregistered in the kernel's order.
+	Listeners    []Listener
+	Unregistered []Unregistered
+	// AllDraining tells that there is no active listener left, so that new
+	// flows go to draining ones.
+	AllDraining bool
+}
+
+// Status reads how the group stands. It changes nothing.
+func (g *Group) Status() (Status, error) {
+	s, v := g.state, g.state.config.Values()
+	status := Status{
+		Key:          g.key,
+		Policy:       "hash",
+		Affinity:     map[uint32]string{maps.AffinityFlow: "flow", maps.AffinityNone: "none"}[v.Affinity],
+		Confirm:      "client",
+		Capacity:     int(v.Capacity),
+		Listeners:    []Listener{},
+		Unregistered: []Unregistered{},
+	}
+	now, err := s.now()
+	if err != nil {
+		return status, err
+	}
+	limits := s.config.Limits()
+	status.Idle = time.Duration(limits.Established) * time.Second
+	status.IdleNew = time.Duration(limits.New) * time.Second
+	status.Settling = time.Duration(s.config.Settling(now)) * time.Second
+
+	live, err := g.live()
+	if err != nil {
+		return status, err
+	}
+	status.NetNSInode = uint64(live.NetNSInode)
+	status.Attached = live.HasProgram && ours(live.Program, s)
+	if err := g.listeners(&status, live, now); err != nil {
+		return status, fmt.Errorf("%s: %w", g.key, err)
+	}
+	g.countFlows(&status, now)
+	return status, nil
+}
+
+// listeners fills in who is registered and who is not, and the counters.
+func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error {
+	s := g.state
+	records, err := s.listeners.Records()
+	if err != nil {
+		return err
+	}
+	members := map[uint64]sockets.Socket{}
+	for _, m := range live.Members {
+		members[m.Cookie] = m
+	}
+	group, err := s.counters.Group()
+	if err != nil {
+		return err
+	}
+	c := &status.Counters
+	c.Fallback, c.ParseError, c.TableFull, c.Evicted = group.Fallback, group.ParseError, group.TableFull, group.Evicted
+
+	active, draining := 0, 0
+	for slot, record := range records {
+		cookie, err := s.sockets.Cookie(slot)
+		if err != nil {
+			return err
+		}
+		n, err := s.counters.Slot(slot)
+		if err != nil {
+			return err
+		}
+		c.Hit += n.Hit
+		c.New += n.New
+		c.Rehomed += n.Rehomed
+		c.Untracked += n.Untracked
+		c.Migrated += n.Migrated
+		l := Listener{
+			Slot: int(slot), Cookie: record.Cookie, PID: int(record.Pid), Command: unpackCommand(record.Command),
+			State: "dead", Weight: int(record.Weight), Generation: int(record.Generation),
+			Hit: n.Hit - record.Base.Hit, New: n.New - record.Base.New, Rehomed: n.Rehomed - record.Base.Rehomed,
+			Untracked: n.Untracked - record.Base.Untracked, Migrated: n.Migrated - record.Base.Migrated,
+			Bytes: n.Bytes - record.Base.Bytes, RxQueue: -1, Drops: -1, Joined: age(now, record.Joined),
+		}
+		switch state := s.listeners.State(slot); {
+		case cookie == 0:
+		case state == maps.SlotDraining:
+			l.State = "draining"
+			draining++
+		default:
+			l.State = "active"
+			active++
+		}
+		if m, ok := members[cookie]; ok && cookie != 0 {
+			l.RxQueue, l.Drops = int(m.RxQueue), int(m.Drops)
+			if len(m.Holders) > 0 {
+				l.PID, l.Command = m.Holders[0].PID, m.Holders[0].Command
+			}
+			delete(members, cookie)
+		}
+		status.Listeners = append(status.Listeners, l)
+	}
+	c.Runs = c.Hit + c.New + c.Rehomed + c.Untracked + c.Fallback + c.Migrated
+	slices.SortFunc(status.Listeners, func(a, b Listener) int { return cmp.Compare(a.Slot, b.Slot) })
+	status.AllDraining = active == 0 && draining > 0
+
+	for _, m := range live.Members {
+		if _, left := members[m.Cookie]; left {
+			status.Unregistered = append(status.Unregistered, Unregistered{m, m.Check()})
+		}
+	}
+	return nil
+}
+
+// countFlows fills in how many flows there are, and who has them.
+func (g *Group) countFlows(status *Status, now uint32) {
+	var flows, recent [maps.Slots]int
+	for e := range g.state.flows.All(now, g.state.config.Limits()) {
+		status.Tracked++
+		if e.Word.State() == maps.Established {
+			status.Established++
+		}
+		slot := e.Word.Slot()
+		if !e.Word.SameIncarnation(g.state.listeners.Incarnation(slot)) {
+			continue
+		}
+		flows[slot]++
+		if age(now, e.Created) < RecentTime {
+			recent[slot]++
+		}
+	}
+	for i := range status.Listeners {
+		l := &status.Listeners[i]
+		l.Flows, l.Recent = flows[l.Slot], recent[l.Slot]
+	}
+}

@@ -1,0 +1,145 @@
+package maps
+
+import (
+	"encoding/binary"
+	"errors"
+	"iter"
+	"net/netip"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/rpsel/rpsel/bpf"
+)
+
+// BucketSize is the number of entries of a bucket.
+const BucketSize = 8
+
+// BucketsFor returns how many buckets a table for that many flows has: 1.5
+// entries per flow, so that at full load fewer than one flow in a million
+// finds no room.
+func BucketsFor(flows int) uint32 {
+	return uint32(max(2, (flows*3/2+BucketSize-1)/BucketSize))
+}
+
+// Entry is a tracked flow as it stood when it was read.
+type Entry struct {
+	Identity uint64
+	Word     Word
+	// Client is the peer, an IPv4 address also if it came to an IPv6 socket.
+	Client netip.AddrPort
+	// Created and Since are seconds of the group's clock: when the flow was
+	// first seen, and when its present listener got it.
+	Created, Since uint32
+	place          *bpf.SelectBucket
+	index          int
+}
+
+// Limits are the seconds that flows may be silent, by state.
+type Limits struct {
+	New, Established uint32
+}
+
+// Flows is the flow table.
+//
+// Its methods may be called from several goroutines and processes at once: no
+// entry is changed but by compare-and-exchange.
+type Flows struct {
+	buckets mapped[bpf.SelectBucket]
+	details mapped[bpf.SelectDetail]
+}
+
+// OpenFlows maps the table. The caller keeps the maps and may close them.
+func OpenFlows(flows, details *ebpf.Map) (*Flows, error) {
+	buckets, err := mapArray[bpf.SelectBucket](flows)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := mapArray[bpf.SelectDetail](details)
+	if err != nil {
+		return nil, errors.Join(err, buckets.Close())
+	}
+	return &Flows{buckets, rows}, nil
+}
+
+// Close unmaps the table.
+func (f *Flows) Close() error {
+	return errors.Join(f.buckets.Close(), f.details.Close())
+}
+
+// Live reports whether the word is a flow's that has not expired.
+func (l Limits) Live(w Word, now uint32) bool {
+	silent := Age(now, w.Second())
+	switch w.State() {
+	case New:
+		return silent <= int32(l.New)
+	case Established:
+		return silent <= int32(l.Established)
+	default:
+		return false
+	}
+}
+
+// Words yields the word of each flow that has not expired: the quick way to
+// count.
+func (f *Flows) Words(now uint32, limits Limits) iter.Seq[Word] {
+	return func(yield func(Word) bool) {
+		for b := range f.buckets.values {
+			for i := range BucketSize {
+				w := Word(atomic.LoadUint64(&f.buckets.values[b].Flows[i].Word))
+				if limits.Live(w, now) && !yield(w) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// All yields the flows that have not expired, in no useful order. Entries that
+// change while they are read are read again.
+func (f *Flows) All(now uint32, limits Limits) iter.Seq[Entry] {
+	return func(yield func(Entry) bool) {
+		for b := range f.buckets.values {
+			for i := range BucketSize {
+				if e, ok := f.read(b, i, now, limits); ok && !yield(e) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (f *Flows) read(bucket, i int, now uint32, limits Limits) (Entry, bool) {
+	place := &f.buckets.values[bucket]
+	row := &f.details.values[bucket*BucketSize+i]
+	for {
+		w := Word(atomic.LoadUint64(&place.Flows[i].Word))
+		if !limits.Live(w, now) {
+			return Entry{}, false
+		}
+		identity := atomic.LoadUint64(&place.Flows[i].Identity)
+		high, low := atomic.LoadUint64(&row.Client[0]), atomic.LoadUint64(&row.Client[1])
+		history := atomic.LoadUint64(&row.History)
+		if Word(atomic.LoadUint64(&place.Flows[i].Word)) != w {
+			continue // refreshed, moved or taken meanwhile
+		}
+		var address [16]byte
+		binary.NativeEndian.PutUint64(address[:8], high)
+		binary.NativeEndian.PutUint64(address[8:], low)
+		return Entry{
+			Identity: identity,
+			Word:     w,
+			Client:   netip.AddrPortFrom(netip.AddrFrom16(address).Unmap(), uint16(history>>(2*secondBits))),
+			Created:  uint32(history) & secondMask,
+			Since:    uint32(history>>secondBits) & secondMask,
+			place:    place,
+			index:    i,
+		}, true
+	}
+}
+
+// Forget removes the flow from the table. It reports false if the entry has
+// changed since it was read; then nothing is done.
+func (f *Flows) Forget(e Entry) bool {
+	return atomic.CompareAndSwapUint64(&e.place.Flows[e.index].Word, uint64(e.Word), 0)
+}

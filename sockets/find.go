@@ -1,0 +1,487 @@
+package sockets
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/bpf"
+)
+
+// Query says which sockets to find. The zero value finds every bound UDP
+// socket and every TCP listener.
+type Query struct {
+	// NetNS is the cookie of a network namespace, or 0 for all of them.
+	NetNS uint64
+	// Proto is UDP, TCP, or 0 for both.
+	Proto Proto
+	// Port is the local port, or 0 for all.
+	Port uint16
+	// Addr is the exact local address; invalid means every address.
+	Addr netip.Addr
+}
+
+// Group is a kernel reuseport group, or a socket that is in none.
+type Group struct {
+	Key
+	// NetNSInode is what people know a network namespace by
+	// (stat /proc/PID/ns/net). Unlike the cookie it is reused.
+	NetNSInode uint32
+	// Kernel identifies the group in the kernel, for comparison only. It is
+	// 0 if the only member is in no group.
+	Kernel uint64
+	// Members are in the order of sock_reuseport.socks[], by which the kernel
+	// picks (net/core/sock_reuseport.c reuseport_select_sock_by_hash): without
+	// a program, a packet goes to the member at hash * len(Members) >> 32.
+	Members []Socket
+	// Unseen is how many Members have no Holders.
+	Unseen int
+	// HasProgram tells whether a program picks the member, eBPF or classic.
+	HasProgram bool
+	// Program is the id of that program, 0 if it is classic BPF.
+	Program uint32
+	// IncomingCPU tells that a member has set SO_INCOMING_CPU. The kernel
+	// (6.2 and later) then prefers that member on that CPU.
+	IncomingCPU bool
+}
+
+// Socket is a UDP socket or TCP listener.
+type Socket struct {
+	// Cookie identifies the socket until the next boot (SO_COOKIE). It is 0
+	// for an unseen member whose cookie nobody has asked for yet. That of an
+	// MPTCP listener is not the one of the TCP socket below it.
+	Cookie uint64
+	// Inode is the number in /proc/PID/fd/FD, 0 if unseen.
+	Inode uint64
+	// Holders are the descriptors of the socket, by pid and number; none if
+	// no process holds it that is visible in the caller's pid namespace.
+	Holders []Holder
+	// Reuseport tells that the socket is in a group and has SO_REUSEPORT on.
+	Reuseport bool
+	// Connected is the peer of a connected UDP socket, else invalid.
+	Connected netip.AddrPort
+	// MPTCP tells that the listener is an MPTCP socket.
+	MPTCP bool
+	// Encap is not 0 if the kernel takes the datagrams out of the socket
+	// (UDP_ENCAP_* in include/uapi/linux/udp.h, 1 for WireGuard and VXLAN).
+	Encap uint8
+	// UserData tells what sk_user_data is used for.
+	UserData UserData
+	// RxQueue is what waits in the socket: bytes for UDP, as ss shows them,
+	// connections not accepted yet for TCP.
+	RxQueue uint32
+	// Drops counts packets the socket had no room for, or refused, since it
+	// was opened. It wraps around.
+	Drops uint32
+}
+
+// Holder is a descriptor in a process.
+type Holder struct {
+	// PID is the process in the caller's pid namespace.
+	PID int
+	// FD is the descriptor's number there.
+	FD int
+	// Command is the process's name, up to 15 bytes (/proc/PID/comm).
+	Command string
+}
+
+// String renders a holder as people write it, such as "openvpn (pid 4711)".
+func (h Holder) String() string { return fmt.Sprintf("%s (pid %d)", h.Command, h.PID) }
+
+// UserData is what a socket's sk_user_data is used for.
+type UserData uint8
+
+// The users of sk_user_data that can be told apart.
+const (
+	UserDataFree    UserData = iota
+	UserDataArray            // a slot of a REUSEPORT_SOCKARRAY
+	UserDataSockmap          // a SOCKMAP or SOCKHASH; before Linux 6.0 reported as UserDataKernel
+	UserDataKernel           // anything else
+)
+
+// String names the user.
+func (u UserData) String() string {
+	switch u {
+	case UserDataFree:
+		return "free"
+	case UserDataArray:
+		return "a BPF socket array"
+	case UserDataSockmap:
+		return "a BPF sockmap"
+	default:
+		return "the kernel"
+	}
+}
+
+// Check tells why the socket cannot be registered in a socket array, or nil.
+// The error wraps ErrMPTCP, ErrTunnel, ErrConnected, ErrInUse, ErrNoReuseport
+// or ErrUnseen and names the process.
+//
+// ErrInUse is also the answer for a member that is registered in the caller's
+// own array; compare the cookies first.
+func (s Socket) Check() error {
+	var err error
+	switch {
+	case len(s.Holders) == 0:
+		return fmt.Errorf("socket %d: %w", s.Cookie, ErrUnseen)
+	case s.MPTCP:
+		err = ErrMPTCP
+	case s.Encap != 0:
+		err = ErrTunnel
+	case s.Connected.IsValid():
+		err = fmt.Errorf("%w (peer %s)", ErrConnected, s.Connected)
+	case s.UserData == UserDataArray:
+		err = fmt.Errorf("%w by %s: detach the tool it belongs to, or restart the server", ErrInUse, s.UserData)
+	case s.UserData != UserDataFree:
+		err = fmt.Errorf("%w by %s: a socket has room for one user", ErrInUse, s.UserData)
+	case !s.Reuseport:
+		err = ErrNoReuseport
+	default:
+		return nil
+	}
+	return fmt.Errorf("%s: %w", s.Holders[0], err)
+}
+
+// Find lists the groups, and the sockets in no group, that match the query in
+// the sockets that visible processes hold, in every network namespace. A
+// group is listed if a visible process holds at least one member. Nothing
+// found is an empty list.
+//
+// The list is sorted by key. Find assigns a cookie to each socket it sees,
+// and needs CAP_BPF and CAP_PERFMON (else ErrPermission) and a kernel with
+// BTF (else ErrUnsupported). The iterator it uses stays loaded for the life
+// of the process. It may be called concurrently; calls wait for each other.
+func Find(q Query) ([]Group, error) {
+	theFinder.Lock()
+	defer theFinder.Unlock()
+	groups, err := theFinder.find(q)
+	if err != nil {
+		return nil, fmt.Errorf("find sockets: %w", err)
+	}
+	if q.Addr.IsValid() {
+		groups = slices.DeleteFunc(groups, func(g Group) bool { return g.Addr.Addr() != q.Addr.WithZone("") })
+	}
+	return groups, nil
+}
+
+// theFinder is kept because the load takes twenty times as long as a search:
+// most of it goes into decoding the kernel's BTF.
+var theFinder finder
+
+type finder struct {
+	sync.Mutex
+	objects bpf.FindObjects
+	link    *link.Iter // nil: not loaded
+}
+
+// maxReads bounds how often find looks again. Two are needed if a cookie was
+// not assigned yet, another if a socket came or went meanwhile.
+const maxReads = 3
+
+func (f *finder) find(q Query) ([]Group, error) {
+	for reads := 1; ; reads++ {
+		records, members, err := f.read(q)
+		if err != nil {
+			return nil, err
+		}
+		groups, settled := assemble(records, members)
+		if settled || reads == maxReads {
+			return groups, nil
+		}
+	}
+}
+
+// read runs the iterator once over all open files.
+func (f *finder) read(q Query) ([]bpf.FindRecord, []bpf.FindMember, error) {
+	if f.link == nil {
+		if err := f.load(0); err != nil {
+			return nil, nil, err
+		}
+	}
+	for {
+		records, err := f.session(q)
+		if err != nil {
+			return nil, nil, err
+		}
+		var used uint32
+		if err := f.objects.UsedMembers.Get(&used); err != nil {
+			return nil, nil, fmt.Errorf("read used_members: %w", err)
+		}
+		if used > f.objects.Members.MaxEntries() {
+			if err := f.load(2 * used); err != nil {
+				return nil, nil, err
+			}
+			continue
+		}
+		members, err := f.members(used)
+		if err != nil {
+			return nil, nil, err
+		}
+		return records, members, nil
+	}
+}
+
+// session sets the filter and reads what the iterator writes.
+func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
+	err := errors.Join(
+		f.objects.FilterNetns.Set(q.NetNS),
+		f.objects.FilterPort.Set(q.Port),
+		f.objects.FilterProtocol.Set(uint8(q.Proto)),
+		f.objects.UsedMembers.Set(uint32(0)),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("set filter: %w", err)
+	}
+	r, err := f.link.Open()
+	if err != nil {
+		return nil, fmt.Errorf("open iterator: %w", err)
+	}
+	defer r.Close()
+	data, err := readAll(r)
+	if err != nil {
+		return nil, fmt.Errorf("read iterator: %w", err)
+	}
+	const size = int(unsafe.Sizeof(bpf.FindRecord{}))
+	if len(data)%size != 0 {
+		return nil, fmt.Errorf("read iterator: %d bytes are no whole records", len(data))
+	}
+	records := make([]bpf.FindRecord, len(data)/size)
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(records))), len(data)), data)
+
+	for _, r := range records {
+		if r.Group == 0 {
+			continue
+		}
+		if err := f.objects.Groups.Delete(r.Group); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("forget group: %w", err)
+		}
+	}
+	return records, nil
+}
+
+// members reads the first n entries of the map of members.
+func (f *finder) members(n uint32) ([]bpf.FindMember, error) {
+	if n == 0 {
+		return nil, nil
+	}
+	var cursor ebpf.MapBatchCursor
+	keys, members := make([]uint32, n), make([]bpf.FindMember, n)
+	if _, err := f.objects.Members.BatchLookup(&cursor, keys, members, nil); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read members: %w", err)
+	}
+	return members, nil
+}
+
+// readAll reads to the end. After a million files without a match the kernel
+// gives EAGAIN and goes on at the next read (kernel/bpf/bpf_iter.c).
+func readAll(r io.Reader) ([]byte, error) {
+	var data bytes.Buffer
+	for {
+		_, err := data.ReadFrom(r)
+		if !errors.Is(err, unix.EAGAIN) {
+			return data.Bytes(), err
+		}
+	}
+}
+
+// load loads the iterator with room for some members, 0 for the default.
+func (f *finder) load(members uint32) error {
+	f.close()
+	spec, err := bpf.LoadFind()
+	if err != nil {
+		return fmt.Errorf("load iterator: %w", err)
+	}
+	if members != 0 {
+		spec.Maps[bpf.FindMapMembers].MaxEntries = members
+	}
+	if err := spec.LoadAndAssign(&f.objects, nil); err != nil {
+		return loadError(err)
+	}
+	f.link, err = link.AttachIter(link.IterOptions{Program: f.objects.RpselFind})
+	if err != nil {
+		f.objects.Close()
+		return loadError(err)
+	}
+	return nil
+}
+
+func (f *finder) close() {
+	if f.link == nil {
+		return
+	}
+	f.link.Close()
+	f.objects.Close()
+	f.link, f.objects = nil, bpf.FindObjects{}
+}
+
+// loadError translates what the BPF library makes of a kernel's refusal.
+// Without CAP_BPF that speaks of MEMLOCK.
+func loadError(err error) error {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && len(missing([]capability{capBPF, capPerfmon})) > 0 {
+		return permission("load iterator", capBPF, capPerfmon)
+	}
+	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); errors.Is(statErr, os.ErrNotExist) {
+		return fmt.Errorf("load iterator: %w: it has no BTF in /sys/kernel/btf (CONFIG_DEBUG_INFO_BTF)", ErrUnsupported)
+	}
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		return fmt.Errorf("load iterator: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
+	}
+	return fmt.Errorf("load iterator: %w", err)
+}
+
+// The flags of bpf/find.c.
+const (
+	flagReuseport = 1 << iota
+	flagV6Only
+	flagHasProgram
+	flagIncomingCPU
+	flagMPTCP
+)
+
+// assemble makes groups of one session of the iterator. They are settled if
+// nothing suggests that another session would say more: each member of a
+// group was seen in a process, under the same cookie, and the other way round.
+func assemble(records []bpf.FindRecord, members []bpf.FindMember) (groups []Group, settled bool) {
+	settled = true
+	inGroup := map[uint64][]bpf.FindRecord{}
+	alone := map[uint64][]bpf.FindRecord{}
+	for _, r := range records {
+		if r.Group == 0 {
+			alone[r.Cookie] = append(alone[r.Cookie], r)
+		} else {
+			inGroup[r.Group] = append(inGroup[r.Group], r)
+		}
+	}
+	for _, held := range alone {
+		g := groupOf(held[0])
+		g.Members = []Socket{socketOf(held)}
+		groups = append(groups, g)
+	}
+	for _, seen := range inGroup {
+		g := groupOf(seen[0])
+		bySock := map[uint64][]bpf.FindRecord{}
+		for _, r := range seen {
+			bySock[r.Member] = append(bySock[r.Member], r)
+		}
+		for _, m := range members[seen[0].FirstMember:][:seen[0].NumMembers] {
+			held := bySock[m.Sk]
+			delete(bySock, m.Sk)
+			// The cookie below an MPTCP socket is not the one of its file.
+			mptcp := len(held) > 0 && held[0].Flags&flagMPTCP != 0
+			switch {
+			case len(held) == 0:
+				g.Members = append(g.Members, Socket{Cookie: m.Cookie})
+				g.Unseen++
+				settled = false
+			case held[0].Cookie != m.Cookie && !mptcp:
+				settled = false
+				fallthrough
+			default:
+				g.Members = append(g.Members, socketOf(held))
+			}
+		}
+		// What joined after the order was read is the last.
+		for _, sock := range slices.Sorted(maps.Keys(bySock)) {
+			g.Members = append(g.Members, socketOf(bySock[sock]))
+			settled = false
+		}
+		groups = append(groups, g)
+	}
+	slices.SortFunc(groups, func(a, b Group) int {
+		return cmp.Or(compareKeys(a.Key, b.Key), cmp.Compare(a.Members[0].Cookie, b.Members[0].Cookie))
+	})
+	return groups, settled
+}
+
+func groupOf(r bpf.FindRecord) Group {
+	return Group{
+		Key: Key{
+			NetNS:  r.NetnsCookie,
+			Proto:  Proto(r.Protocol),
+			Addr:   addrPort(r.Family, r.Local, r.LocalPort),
+			V6Only: r.Flags&flagV6Only != 0,
+			Device: r.Device,
+			UID:    r.Uid,
+		},
+		NetNSInode:  r.NetnsInum,
+		Kernel:      r.Group,
+		HasProgram:  r.Flags&flagHasProgram != 0,
+		Program:     r.Program,
+		IncomingCPU: r.Flags&flagIncomingCPU != 0,
+	}
+}
+
+// socketOf makes one socket of the records of its descriptors.
+func socketOf(held []bpf.FindRecord) Socket {
+	r := held[0]
+	s := Socket{
+		Cookie:    r.Cookie,
+		Inode:     r.Inode,
+		Reuseport: r.Group != 0 && r.Flags&flagReuseport != 0,
+		MPTCP:     r.Flags&flagMPTCP != 0,
+		Encap:     r.Encap,
+		UserData:  userData(r.UserData),
+		RxQueue:   r.RxQueue,
+		Drops:     r.Drops,
+	}
+	if r.RemotePort != 0 {
+		s.Connected = addrPort(r.Family, r.Remote, r.RemotePort)
+	}
+	for _, h := range held {
+		comm, _, _ := bytes.Cut(h.Comm[:], []byte{0})
+		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: string(comm)})
+	}
+	slices.SortFunc(s.Holders, func(a, b Holder) int { return cmp.Or(cmp.Compare(a.PID, b.PID), cmp.Compare(a.FD, b.FD)) })
+	return s
+}
+
+// userData reads the low bits of sk_user_data (include/net/sock.h
+// SK_USER_DATA_BPF, SK_USER_DATA_PSOCK) plus one; 0 is a null pointer.
+func userData(bits uint8) UserData {
+	switch {
+	case bits == 0:
+		return UserDataFree
+	case (bits-1)&2 != 0:
+		return UserDataArray
+	case (bits-1)&4 != 0:
+		return UserDataSockmap
+	default:
+		return UserDataKernel
+	}
+}
+
+func addrPort(family uint16, addr [16]byte, port uint16) netip.AddrPort {
+	if family == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(addr[:4])), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(addr), port)
+}
+
+func compareKeys(a, b Key) int {
+	v6only := func(k Key) int {
+		if k.V6Only {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(
+		cmp.Compare(a.NetNS, b.NetNS),
+		cmp.Compare(a.Proto, b.Proto),
+		a.Addr.Compare(b.Addr),
+		cmp.Compare(v6only(a), v6only(b)),
+		cmp.Compare(a.Device, b.Device),
+		cmp.Compare(a.UID, b.UID),
+	)
+}
