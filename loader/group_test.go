@@ -416,3 +416,32 @@ func TestGroupComesBack(t *testing.T) {
 		t.Errorf("%d flows moved", moved)
 	}
 }
+
+// TCP connections are sticky by themselves; what the program adds is that the
+// choice for new ones changes no more than it must.
+func TestTCP(t *testing.T) {
+	for _, c := range []struct{ network, listen, remote string }{
+		{"tcp4", "127.0.0.1:1194", "127.0.0.1:1194"},
+		{"tcp6", "[::]:1194", "[::1]:1194"},
+		{"tcp6", "[::]:1194", "127.0.0.1:1194"},
+	} {
+		t.Run(fmt.Sprintf("%s from %s", c.listen, c.remote), func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+			clients := testnet.NewTCPClients(t, ns, 500, c.remote)
+			before := clients.Ask()
+			g := attach(t, fs, ns, noSettle)
+			if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+				t.Fatalf("the attach changed who gets connections: %s", diff)
+			}
+			servers.Close(0)
+			after := clients.Ask()
+			if moved := testnet.Moved(before, after, "s0"); moved != 0 || testnet.Shares(after)[""] != 0 {
+				t.Errorf("s0 closed: %d of the others' moved, answers from %v", moved, testnet.Shares(after))
+			}
+			if s := status(t, g); s.Affinity != "none" || s.Counters.Untracked != s.Counters.Runs || s.Tracked != 0 {
+				t.Errorf("status %+v", s)
+			}
+		})
+	}
+}

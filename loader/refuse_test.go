@@ -321,3 +321,26 @@ func TestFlush(t *testing.T) {
 		t.Errorf("flushed %d, %v", n, err)
 	}
 }
+
+// A group of 4096 is attached; one more member is one too many, and said so.
+func TestSlotsRunOut(t *testing.T) {
+	ns, root := testnet.New(t), testnet.BPFFS(t)
+	servers := testnet.StartGroup(t, ns, 4097, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	conn := member(t, ns)
+	if _, err := loader.FS(root).Attach(conn, loader.Options{}); !errors.Is(err, loader.ErrFull) {
+		t.Errorf("got %v, want %v", err, loader.ErrFull)
+	}
+	if left := tree(t, root); len(left) != 0 {
+		t.Errorf("left behind: %s", left)
+	}
+	servers.Close(4096)
+	clients := testnet.NewClients(t, ns, 5000, "127.0.0.1:1194")
+	before := clients.Ask()
+	g := attach(t, loader.FS(root), ns, loader.Options{})
+	if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+		t.Errorf("flows moved: %s", diff)
+	}
+	if n := len(status(t, g).Listeners); n != 4096 {
+		t.Errorf("%d listeners", n)
+	}
+}
