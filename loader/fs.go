@@ -64,14 +64,8 @@ func (fs FS) mounted() bool {
 // namespace.
 func (fs FS) prepare(netns uint64) error {
 	if !fs.mounted() {
-		if err := os.MkdirAll(fs.mount(), 0o755); err != nil {
-			return fmt.Errorf("%w: %v: name another place with --bpffs", ErrNoBPFFS, err)
-		}
-		if err := unix.Mount("bpf", fs.mount(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-			if errors.Is(err, unix.EPERM) {
-				return fmt.Errorf("mount bpffs on %s: %w: CAP_SYS_ADMIN is missing, or mount it beforehand", fs.mount(), ErrPermission)
-			}
-			return fmt.Errorf("%w on %s: mount: %v: mount one and name it with --bpffs", ErrNoBPFFS, fs.mount(), err)
+		if err := fs.mountBPFFS(); err != nil {
+			return err
 		}
 	}
 	for _, dir := range []string{fs.root(), fs.netnsDir(netns)} {
@@ -83,6 +77,26 @@ func (fs FS) prepare(netns uint64) error {
 		}
 	}
 	return nil
+}
+
+// mountBPFFS mounts a BPF file system where one is looked for. The directory is
+// made if it is missing, but not its parents.
+func (fs FS) mountBPFFS() error {
+	madeErr := os.Mkdir(fs.mount(), 0o755)
+	if madeErr != nil && !errors.Is(madeErr, os.ErrExist) {
+		return fmt.Errorf("%w: %v: name another place with --bpffs", ErrNoBPFFS, madeErr)
+	}
+	err := unix.Mount("bpf", fs.mount(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
+	if err == nil {
+		return nil
+	}
+	if madeErr == nil {
+		os.Remove(fs.mount())
+	}
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("mount bpffs on %s: %w: CAP_SYS_ADMIN is missing, or mount it beforehand", fs.mount(), ErrPermission)
+	}
+	return fmt.Errorf("%w on %s: mount: %v: mount one and name it with --bpffs", ErrNoBPFFS, fs.mount(), err)
 }
 
 // dirName names the directory of a group. A bpffs takes no name with a dot in

@@ -182,7 +182,7 @@ func loadError(err error) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("load the selection program: %w: CAP_BPF is missing, run as root", ErrPermission)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("load the selection program: %w: Linux 5.14 or later is needed: %v", ErrUnsupported, err)
+		return fmt.Errorf("load the selection program: %w: Linux 5.14 or later is needed: %w", ErrUnsupported, err)
 	default:
 		return fmt.Errorf("load the selection program: %w", err)
 	}

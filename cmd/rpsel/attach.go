@@ -1,0 +1,333 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+func newAttachCmd(e *env) *cobra.Command {
+	a := attachment{env: e, settle: -1}
+	var asJSON, noHeader bool
+	cmd := &cobra.Command{
+		Use:   "attach --port PORT",
+		Short: "Make the groups on a port sticky",
+		Long: `Make every reuseport group on a port sticky while its servers run: register their
+sockets and attach the selection program. No flow moves. On a group that is
+attached, register what is new.
+
+All groups are checked before one is changed. If one then fails, those that were
+attached before it are detached again.`,
+		Example: `  rpsel attach --port 1194 --dry-run
+  rpsel attach --port 1194
+  rpsel attach --port 5300 --adopt
+  rpsel attach --port 1194 --flows 1000000 --idle 10m`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := a.needPort(cmd); err != nil {
+				return err
+			}
+			switch {
+			case a.settle == 0:
+				a.options.Settle = -1
+			case a.settle > 0:
+				a.options.Settle = a.settle
+			}
+			jobs, err := a.plan()
+			if err != nil {
+				return err
+			}
+			if a.dryRun {
+				return a.printPlan(jobs, asJSON)
+			}
+			list, err := a.attachAll(jobs)
+			if err != nil {
+				return err
+			}
+			return a.printStatus(e, list, asJSON, noHeader)
+		},
+	}
+	a.addGroupFlags(cmd)
+	flags := cmd.Flags()
+	flags.BoolVar(&a.adopt, "adopt", false, "make groups of live sockets that have no SO_REUSEPORT")
+	flags.BoolVar(&a.options.Partial, "partial", false, "leave out sockets that cannot be registered; flows may move")
+	flags.BoolVar(&a.options.Replace, "replace", false, "take the place of another tool's program")
+	flags.Var(numberValue{&a.options.Flows, loader.MinFlows, loader.MaxFlows}, "flows",
+		fmt.Sprintf("`NUMBER` of flows the table holds, at 60 bytes each (default %d)", loader.DefaultFlows))
+	flags.Var(durationValue{&a.options.Idle, time.Second, loader.MaxIdle}, "idle",
+		fmt.Sprintf("forget an established flow after this `TIME` of silence (default %s)", tidy(loader.DefaultIdle)))
+	flags.Var(durationValue{&a.options.IdleNew, time.Second, loader.MaxIdle}, "idle-new",
+		fmt.Sprintf("forget a flow of one packet after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
+	flags.Var(durationValue{&a.settle, 0, loader.MaxIdle}, "settle",
+		fmt.Sprintf("give a new listener no flows for this `TIME` after the attach (default %s)", tidy(loader.DefaultSettle)))
+	flags.BoolVar(&a.dryRun, "dry-run", false, "only say what would be done")
+	a.addBPFFSFlag(cmd)
+	addJSONFlag(cmd, &asJSON)
+	addNoHeaderFlag(cmd, &noHeader)
+	addQuietFlag(cmd, e)
+	addVerboseFlag(cmd, e, "list the members, and the verifier's log if the kernel refuses the program")
+	return cmd
+}
+
+// tidy writes a duration without zero units: 5m, not 5m0s.
+func tidy(d time.Duration) string {
+	text := d.String()
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	return text
+}
+
+// attachment is one run of attach.
+type attachment struct {
+	scope
+	env           *env
+	options       loader.Options
+	settle        time.Duration // -1: not given
+	adopt, dryRun bool
+}
+
+// job is a group, or a lone socket that becomes one.
+type job struct {
+	group sockets.Group
+	adopt bool
+	plan  loader.Plan // of a group
+}
+
+// plan finds what is on the port and checks all of it.
+func (a *attachment) plan() ([]job, error) {
+	groups, err := a.find()
+	if err != nil {
+		return nil, err
+	}
+	a.warnOwners(groups)
+	jobs := make([]job, 0, len(groups))
+	for _, g := range groups {
+		j, err := a.planOne(g)
+		if err != nil {
+			return nil, err
+		}
+		for i, m := range g.Members {
+			a.env.explain("%s: member %d of %d in the kernel's order: %s", a.groupName(g.Key), i+1, len(g.Members), socketName(m))
+		}
+		for _, u := range j.plan.Skipped {
+			a.env.warn("%s: left out: %v", a.groupName(g.Key), u.Reason)
+		}
+		jobs = append(jobs, j)
+	}
+	return jobs, nil
+}
+
+// find lists the groups and lone sockets on the port. Connected sockets serve
+// one peer each, and are not counted if there is anything else.
+func (s *scope) find() ([]sockets.Group, error) {
+	netns, err := s.cookie()
+	if err != nil {
+		return nil, err
+	}
+	groups, err := sockets.Find(sockets.Query{NetNS: netns, Proto: s.protocol(), Port: s.port, Addr: s.addr})
+	if err != nil {
+		return nil, err
+	}
+	if len(groups) == 0 {
+		look := "ss -lunp"
+		if s.protocol() == sockets.TCP {
+			look = "ss -ltnp"
+		}
+		if s.netns != "" {
+			look += " in that namespace"
+		}
+		return nil, notFound("%s: no visible process has a socket there: %s lists what listens", s, look)
+	}
+	serving := slices.DeleteFunc(slices.Clone(groups), func(g sockets.Group) bool {
+		return g.Kernel == 0 && g.Members[0].Connected.IsValid()
+	})
+	if len(serving) > 0 {
+		groups = serving
+	}
+	return groups, nil
+}
+
+// warnOwners tells of sockets that can never be in one group.
+func (a *attachment) warnOwners(groups []sockets.Group) {
+	var owners []string
+	for _, g := range groups {
+		if uid := fmt.Sprint(g.UID); !slices.Contains(owners, uid) {
+			owners = append(owners, uid)
+		}
+	}
+	if len(owners) > 1 {
+		a.env.warn("%s: sockets of different users (uid %s) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)",
+			&a.scope, strings.Join(owners, ", "))
+	}
+}
+
+func (a *attachment) planOne(g sockets.Group) (job, error) {
+	j := job{group: g}
+	if g.Kernel == 0 {
+		err := g.Members[0].Check()
+		j.adopt = a.adopt && errors.Is(err, sockets.ErrNoReuseport)
+		if j.adopt {
+			return j, nil
+		}
+		return j, fmt.Errorf("%s: %w", a.groupName(g.Key), err)
+	}
+	err := withMember(g, func(conn *sockets.Conn) (err error) {
+		j.plan, err = a.fs().Plan(conn, a.options)
+		return err
+	})
+	return j, err
+}
+
+// withMember lends f a socket of the group, for no longer than it runs: kept
+// open, it would outlive its server.
+func withMember(g sockets.Group, f func(*sockets.Conn) error) error {
+	for _, m := range g.Members {
+		for _, h := range m.Holders {
+			conn, err := sockets.Take(h, m.Cookie)
+			if errors.Is(err, sockets.ErrGone) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("%s: %w", g.Key, err)
+			}
+			defer conn.Close()
+			return f(conn)
+		}
+	}
+	return fmt.Errorf("%s: %w: its servers closed it meanwhile: start them and try again", g.Key, sockets.ErrGone)
+}
+
+// attachAll does the jobs and returns how the groups stand then. If one fails,
+// it takes back what it made.
+func (a *attachment) attachAll(jobs []job) (list []loader.Status, err error) {
+	var undo []func() error
+	defer func() {
+		if err == nil || len(undo) == 0 {
+			return
+		}
+		slices.Reverse(undo)
+		for _, f := range undo {
+			if undoErr := f(); undoErr != nil {
+				a.env.warn("take back: %v", undoErr)
+			}
+		}
+		a.env.say("%s: what this command had attached before is detached again", &a.scope)
+	}()
+	for _, j := range jobs {
+		var back []func() error
+		status, err := a.attachOne(j, &back)
+		undo = append(undo, back...)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, status)
+	}
+	return list, nil
+}
+
+// attachOne does one job and adds to undo how to take it back.
+func (a *attachment) attachOne(j job, undo *[]func() error) (status loader.Status, err error) {
+	err = withMember(j.group, func(conn *sockets.Conn) error {
+		if j.adopt {
+			adoption, err := sockets.Adopt(conn)
+			if err != nil {
+				return err
+			}
+			*undo = append(*undo, func() error {
+				return withMember(j.group, func(conn *sockets.Conn) error { return adoption.Undo(conn) })
+			})
+			a.env.say("%s: adopted %s, %s went astray meanwhile", a.groupName(j.group.Key), socketName(j.group.Members[0]), plural(int(adoption.Lost), "packet"))
+		}
+		g, err := a.fs().Attach(conn, a.options)
+		if err != nil {
+			return err
+		}
+		defer g.Close()
+		if g.Fresh() {
+			*undo = append(*undo, func() error {
+				_, err := a.fs().Detach(g.Key())
+				return err
+			})
+		}
+		name := a.groupName(g.Key())
+		switch joined := len(g.Joined()); {
+		case g.Fresh():
+			a.env.say("%s: attached, %s registered", name, plural(joined, "listener"))
+		case joined > 0:
+			a.env.say("%s: was attached, %s registered in addition", name, plural(joined, "listener"))
+		default:
+			a.env.say("%s: was attached, no new listener", name)
+		}
+		status, err = g.Status()
+		return err
+	})
+	return status, err
+}
+
+// printPlan answers --dry-run.
+func (a *attachment) printPlan(jobs []job, asJSON bool) error {
+	type socketJSON struct {
+		PID     int    `json:"pid"`
+		Command string `json:"command"`
+		Cookie  uint64 `json:"cookie"`
+	}
+	type planJSON struct {
+		groupJSON
+		Attached bool               `json:"attached"`
+		Adopt    bool               `json:"adopt"`
+		Register []socketJSON       `json:"register"`
+		LeaveOut []unregisteredJSON `json:"leave_out"`
+	}
+	answer := struct {
+		Schema int        `json:"schema"`
+		Groups []planJSON `json:"groups"`
+	}{schema, []planJSON{}}
+	text := ""
+	for _, j := range jobs {
+		register := j.plan.Register
+		verb := "would attach and register"
+		switch {
+		case j.adopt:
+			register = j.group.Members
+			verb = "would adopt, attach and register"
+		case j.plan.Attached:
+			verb = "is attached, would register"
+		}
+		p := planJSON{
+			groupJSON: a.scope.groupJSON(j.group.Key, uint64(j.group.NetNSInode)),
+			Attached:  j.plan.Attached, Adopt: j.adopt,
+			Register: []socketJSON{}, LeaveOut: []unregisteredJSON{},
+		}
+		var names []string
+		for _, m := range register {
+			s := socketJSON{Cookie: m.Cookie}
+			if len(m.Holders) > 0 {
+				s.PID, s.Command = m.Holders[0].PID, m.Holders[0].Command
+			}
+			p.Register = append(p.Register, s)
+			names = append(names, socketName(m))
+		}
+		for _, u := range j.plan.Skipped {
+			p.LeaveOut = append(p.LeaveOut, newUnregisteredJSON(u))
+		}
+		answer.Groups = append(answer.Groups, p)
+		text += fmt.Sprintf("%s: %s %s", a.groupName(j.group.Key), verb, plural(len(names), "listener"))
+		if len(names) > 0 {
+			text += ": " + strings.Join(names, ", ")
+		}
+		text += "\n"
+	}
+	if asJSON {
+		return writeJSON(a.env.out, answer)
+	}
+	_, err := fmt.Fprint(a.env.out, text)
+	return err
+}

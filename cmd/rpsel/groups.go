@@ -1,0 +1,259 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// allNetNS is what -N takes instead of a namespace where that makes sense.
+const allNetNS = "all"
+
+// protocol is UDP for a port unless --proto says otherwise; 0 is both.
+func (s *scope) protocol() sockets.Proto {
+	if s.proto == 0 && s.port != 0 {
+		return sockets.UDP
+	}
+	return s.proto
+}
+
+// String names what the scope is about, such as "udp port 1194".
+func (s *scope) String() string {
+	var words []string
+	if s.protocol() != 0 {
+		words = append(words, s.protocol().String())
+	}
+	if s.addr.IsValid() {
+		words = append(words, s.addr.String())
+	}
+	if s.port != 0 {
+		words = append(words, fmt.Sprintf("port %d", s.port))
+	}
+	if s.netns != "" {
+		words = append(words, "in network namespace "+s.netns)
+	}
+	return strings.Join(words, " ")
+}
+
+// openNetNS opens the scope's network namespace.
+func (s *scope) openNetNS() (*sockets.NetNS, error) {
+	ns, err := sockets.OpenNetNS(s.netns)
+	if errors.Is(err, sockets.ErrNoNetNS) {
+		return nil, fmt.Errorf(`%w: give a pid, a path, or a name that "ip netns" lists`, err)
+	}
+	return ns, err
+}
+
+// cookie names the scope's network namespace.
+func (s *scope) cookie() (uint64, error) {
+	ns, err := s.openNetNS()
+	if err != nil {
+		return 0, err
+	}
+	defer ns.Close()
+	return ns.Cookie(), nil
+}
+
+// keys lists the scope's groups that have state, in the namespace with this
+// cookie or (0) in all, as they are shown: by port, protocol and address.
+func (s *scope) keys(netns uint64) ([]loader.Key, error) {
+	all, err := s.fs().Keys(netns)
+	if err != nil {
+		return nil, err
+	}
+	var keys []loader.Key
+	for _, k := range all {
+		if (s.port == 0 || k.Addr.Port() == s.port) &&
+			(s.protocol() == 0 || k.Proto == s.protocol()) &&
+			(!s.addr.IsValid() || k.Addr.Addr() == s.addr) {
+			keys = append(keys, k)
+		}
+	}
+	slices.SortStableFunc(keys, func(a, b loader.Key) int {
+		return cmp.Or(
+			cmp.Compare(a.NetNS, b.NetNS),
+			cmp.Compare(a.Addr.Port(), b.Addr.Port()),
+			cmp.Compare(a.Proto.String(), b.Proto.String()),
+			a.Addr.Compare(b.Addr),
+		)
+	})
+	return keys, nil
+}
+
+// open opens the scope's groups that have state; none is an error if the scope
+// names a port or an address. The caller closes them with closeAll.
+func (s *scope) open() (_ []*loader.Group, err error) {
+	var netns uint64
+	if s.netns != allNetNS {
+		if netns, err = s.cookie(); err != nil {
+			return nil, err
+		}
+	}
+	keys, err := s.keys(netns)
+	if err != nil {
+		return nil, err
+	}
+	var groups []*loader.Group
+	defer func() {
+		if err != nil {
+			closeAll(groups)
+		}
+	}()
+	for _, k := range keys {
+		g, err := s.fs().Open(k)
+		if errors.Is(err, loader.ErrNotAttached) {
+			continue // detached since it was listed
+		}
+		if err != nil {
+			return nil, err
+		}
+		groups = append(groups, g)
+	}
+	if len(groups) == 0 && (s.port != 0 || s.addr.IsValid()) {
+		return nil, notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
+	}
+	return groups, nil
+}
+
+func closeAll(groups []*loader.Group) {
+	for _, g := range groups {
+		g.Close()
+	}
+}
+
+// statuses reads the status of each group.
+func statuses(groups []*loader.Group) ([]loader.Status, error) {
+	list := make([]loader.Status, 0, len(groups))
+	for _, g := range groups {
+		status, err := g.Status()
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, status)
+	}
+	return list, nil
+}
+
+// needSlot refuses a slot that is in none of the groups, or that may mean
+// several listeners.
+func needSlot(slot int, list []loader.Status) error {
+	if len(list) > 1 {
+		var addrs []string
+		for _, s := range list {
+			addrs = append(addrs, s.Key.String())
+		}
+		return usageError("--slot %d: there are %d groups (%s): choose one with --port, --proto and --addr", slot, len(list), strings.Join(addrs, ", "))
+	}
+	for _, s := range list {
+		if _, ok := listenerIn(s, slot); ok {
+			return nil
+		}
+		return notFound(`%s: slot %d: no such listener: "rpsel status" lists them`, s.Key, slot)
+	}
+	return notFound(`slot %d: nothing is attached: "rpsel status" lists what is`, slot)
+}
+
+// needPID refuses a process that has no listener in the groups.
+func needPID(pid int, list []loader.Status) error {
+	for _, s := range list {
+		for _, l := range s.Listeners {
+			if l.PID == pid {
+				return nil
+			}
+		}
+	}
+	return notFound(`pid %d: has no listener here: "rpsel status" lists them`, pid)
+}
+
+func listenerIn(s loader.Status, slot int) (loader.Listener, bool) {
+	for _, l := range s.Listeners {
+		if l.Slot == slot {
+			return l, true
+		}
+	}
+	return loader.Listener{}, false
+}
+
+// groupJSON names a group in JSON.
+type groupJSON struct {
+	NetNS       uint64 `json:"netns"`
+	NetNSCookie uint64 `json:"netns_cookie"`
+	Proto       string `json:"proto"`
+	Family      string `json:"family"`
+	Addr        string `json:"addr"`
+	Port        uint16 `json:"port"`
+	V6Only      bool   `json:"v6only"`
+	Device      string `json:"device"`
+	UID         uint32 `json:"uid"`
+}
+
+func (s *scope) groupJSON(k loader.Key, inode uint64) groupJSON {
+	family := "ipv6"
+	if k.Addr.Addr().Is4() {
+		family = "ipv4"
+	}
+	return groupJSON{
+		NetNS: inode, NetNSCookie: k.NetNS, Proto: k.Proto.String(), Family: family,
+		Addr: k.Addr.Addr().String(), Port: k.Addr.Port(), V6Only: k.V6Only, Device: s.deviceName(k.Device), UID: k.UID,
+	}
+}
+
+// groupName names a group for people: its address and what is unusual.
+func (s *scope) groupName(k loader.Key) string {
+	device := k.Device
+	k.Device = 0
+	name := k.String()
+	if device != 0 {
+		name += " dev " + s.deviceName(device)
+	}
+	return name
+}
+
+// deviceName names an interface of the scope's namespace; "" is none.
+func (s *scope) deviceName(index uint32) string {
+	if index == 0 {
+		return ""
+	}
+	name := fmt.Sprintf("if%d", index)
+	if s.netns == allNetNS {
+		return name
+	}
+	ns, err := s.openNetNS()
+	if err != nil {
+		return name
+	}
+	defer ns.Close()
+	// A device that is gone has no name, and is no reason to fail.
+	_ = ns.Do(func() error {
+		device, err := net.InterfaceByIndex(int(index))
+		if err == nil {
+			name = device.Name
+		}
+		return err
+	})
+	return name
+}
+
+// socketName names a socket by who holds it.
+func socketName(m sockets.Socket) string {
+	if len(m.Holders) == 0 {
+		return fmt.Sprintf("socket %d", m.Cookie)
+	}
+	return m.Holders[0].String()
+}
+
+// inodeOf finds what people know a group's network namespace by; 0 if the group
+// is gone.
+func (s *scope) inodeOf(k loader.Key) uint64 {
+	groups, err := sockets.Find(sockets.Query{NetNS: k.NetNS, Proto: k.Proto, Port: k.Addr.Port(), Addr: k.Addr.Addr()})
+	if err != nil || len(groups) == 0 {
+		return 0
+	}
+	return uint64(groups[0].NetNSInode)
+}

@@ -1,0 +1,289 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os/signal"
+	"slices"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/force"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// What a shell gives for a command that cannot be started.
+const (
+	exitNotExecutable   = 126
+	exitCommandNotFound = 127
+)
+
+func newRunCmd(e *env) *cobra.Command {
+	var s scope
+	var where string
+	var debug bool
+	command := force.Command{Settings: force.Settings{Reuseport: force.On}}
+	settings := &command.Settings
+	cmd := &cobra.Command{
+		Use:   "run [flags] -- COMMAND [ARGUMENT]...",
+		Short: "Start a program with SO_REUSEPORT forced on what it binds",
+		Long: `Start a program, of whatever language and linkage, with SO_REUSEPORT forced on
+the UDP and TCP sockets that it and its children bind to a matching port. A bind
+to port 0, where the kernel chooses the port, is never touched. Without --port,
+--addr and --proto every bind to a specific port matches.
+
+The program takes rpsel's place: same pid, parent, descriptors and environment,
+so its signals and exit code are its own. If it cannot be found the exit code is
+127, if it cannot be executed 126. A listener on a port that "rpsel attach" has
+made sticky is registered as soon as it is bound (UDP) or listens (TCP). Where
+that cannot be, "rpsel status" and --debug say why; a Go program's TCP listeners
+need GODEBUG=multipathtcp=0 in its environment.
+
+A bind for which an option cannot be set fails with EPERM. Members of a reuseport
+group have one user: give all of them the same --user.
+
+A process of rpsel stays beside the program until the last of its processes has
+ended, and then removes the cgroup that they were in. With --cgroup no program is
+started: what lives in that cgroup is covered while rpsel runs, for binds from
+then on.`,
+		Example: `  rpsel run --port 1194 -- openvpn --config two.conf
+  rpsel run --port 53 --addr 192.0.2.1 --bind-device vrf-blue -- dnsd
+  rpsel run --port 4433 --proto udp --user www-data -- ./quic-server
+  rpsel run --port 1194 --cgroup /sys/fs/cgroup/system.slice/openvpn@one.service`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			settings.Port, settings.Addr, settings.Trace = s.port, s.addr, debug
+			if where != "" {
+				if len(args) > 0 {
+					return usageError("run --cgroup takes no command, got %q: it covers what lives in the cgroup", args[0])
+				}
+				if command.User != "" {
+					return usageError("run --cgroup takes no --user: it starts nothing")
+				}
+				return runError(watch(e, where, &s, *settings))
+			}
+			if len(args) == 0 {
+				return usageError(`run needs a command: see "rpsel run --help"`)
+			}
+			command.Args, command.Stderr = args, debug
+			command.Reaper = []string{"reap"}
+			if debug {
+				command.Reaper = append(command.Reaper, "--debug", settings.String())
+			}
+			if s.bpffs != "" {
+				command.Reaper = append(command.Reaper, "--bpffs", s.bpffs)
+			}
+			return runError(command.Run())
+		},
+	}
+	flags := cmd.Flags()
+	flags.SetInterspersed(false) // the rest is the command's
+	s.addPortFlag(cmd, "local `PORT` that matches (default: every specific port)")
+	flags.Var((*addrValue)(&s.addr), "addr", "exact local `ADDRESS` that matches; 0.0.0.0 and :: are the wildcards only (default: every address)")
+	flags.Var((*bothValue)(&settings.Proto), "proto", "protocol that matches: udp, tcp or both")
+	flags.Var((*switchValue)(&settings.Reuseport), "reuseport", "set SO_REUSEPORT on or off, or leave it to the program")
+	flags.Var((*switchValue)(&settings.Reuseaddr), "reuseaddr", "the same for SO_REUSEADDR; on and off need Linux 6.1")
+	flags.Var(textValue{&settings.Device, "use the name of a network interface"}, "bind-device", "network `INTERFACE` to bind to (SO_BINDTODEVICE)")
+	flags.Var(textValue{&command.User, "use a name or number"}, "user", "`USER` to run the program as, with its groups")
+	flags.Var(textValue{&where, "use a directory"}, "cgroup", "start nothing, cover what lives in the cgroup `DIR`")
+	flags.BoolVar(&debug, "debug", false, "say on standard error what is forced and registered")
+	s.addBPFFSFlag(cmd)
+	complete(cmd, "proto", "udp", "tcp", "both")
+	complete(cmd, "reuseport", "on", "off", "leave")
+	complete(cmd, "reuseaddr", "on", "off", "leave")
+	return cmd
+}
+
+// newReapCmd is what "rpsel run" leaves in the background.
+func newReapCmd(e *env) *cobra.Command {
+	var s scope
+	var forced string
+	var detach bool
+	cmd := &cobra.Command{
+		Use:    "reap CGROUP",
+		Short:  "Register listeners of a cgroup and remove it (for rpsel run)",
+		Hidden: true,
+		Args:   oneArg("cgroup"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			if detach {
+				return force.Detach()
+			}
+			return force.Reap(args[0], listenerHandler(e, s.fs(), forced))
+		},
+	}
+	cmd.Flags().StringVar(&forced, "debug", "", "say on standard error what happens; `TEXT` is what is forced")
+	cmd.Flags().BoolVar(&detach, force.DetachFlag[len("--"):], false, "start again in the background")
+	s.addBPFFSFlag(cmd)
+	return cmd
+}
+
+// watch is run --cgroup.
+func watch(e *env, dir string, s *scope, settings force.Settings) error {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	forced := ""
+	if settings.Trace {
+		forced = settings.String()
+	}
+	return force.Watch(ctx, dir, settings, listenerHandler(e, s.fs(), forced))
+}
+
+// runError gives an error the exit code that its cause alone does not have.
+func runError(err error) error {
+	for _, c := range []struct {
+		code   int
+		causes []error
+	}{
+		{exitCommandNotFound, []error{force.ErrNotFound}},
+		{exitNotExecutable, []error{force.ErrNotExecutable}},
+		{exitNotFound, []error{force.ErrNoUser, force.ErrNoDevice, cgroup.ErrNotCgroup2, fs.ErrNotExist}},
+		{exitUnsupported, []error{cgroup.ErrNoCgroup2, cgroup.ErrOutside, cgroup.ErrReadOnly, cgroup.ErrOccupied}},
+	} {
+		for _, cause := range c.causes {
+			if errors.Is(err, cause) {
+				return &codedError{c.code, err}
+			}
+		}
+	}
+	return err
+}
+
+// listenerHandler registers listeners, and says so if it is given what was
+// forced on their binds.
+func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
+	say := func(event force.Event, format string, args ...any) {
+		if forced != "" {
+			e.say("rpsel: %s: "+format, append([]any{event}, args...)...)
+		}
+	}
+	return force.Handler{
+		Start: func() {
+			// The first search takes much longer than all others, and the first
+			// listener may come soon.
+			if keys, err := fs.Keys(0); err == nil && len(keys) > 0 {
+				_, _ = sockets.Find(sockets.Query{NetNS: keys[0].NetNS, Proto: keys[0].Proto, Port: keys[0].Addr.Port()})
+			}
+		},
+		Listening: func(events []force.Event) {
+			registerAll(fs, events, func(event force.Event, slot int, err error) {
+				if err != nil {
+					say(event, "not registered: %s", errorText(err, false))
+				} else {
+					say(event, "registered in slot %d", slot)
+				}
+			})
+		},
+		Binding: func(event force.Event, err error) {
+			if err != nil {
+				say(event, "%v: bind refused", err)
+			} else {
+				say(event, "%s", forced)
+			}
+		},
+	}
+}
+
+// registerAll registers the listeners that belong to an attached group, and
+// reports on those.
+func registerAll(fs loader.FS, events []force.Event, report func(force.Event, int, error)) {
+	type place struct {
+		proto sockets.Proto
+		port  uint16
+	}
+	keys, err := fs.Keys(0)
+	found := map[place][]sockets.Group{}
+	for _, event := range events {
+		if err == nil && !slices.ContainsFunc(keys, func(k loader.Key) bool {
+			return k.Proto == event.Proto && k.Addr == event.Addr
+		}) {
+			continue
+		}
+		at := place{event.Proto, event.Addr.Port()}
+		if _, ok := found[at]; !ok && err == nil {
+			found[at], err = sockets.Find(sockets.Query{Proto: at.proto, Port: at.port})
+		}
+		if err != nil {
+			report(event, 0, err)
+			continue
+		}
+		slot, err := register(fs, event, found[at])
+		if !errors.Is(err, loader.ErrNotAttached) {
+			report(event, slot, err)
+		}
+	}
+}
+
+// register registers one listener, which is in one of the groups.
+func register(fs loader.FS, event force.Event, groups []sockets.Group) (slot int, err error) {
+	for _, g := range groups {
+		i := slices.IndexFunc(g.Members, func(m sockets.Socket) bool { return m.Cookie == event.Cookie })
+		if i < 0 {
+			continue
+		}
+		group, err := fs.Open(g.Key)
+		if err != nil {
+			return 0, err
+		}
+		defer group.Close()
+		if err := g.Members[i].Check(); err != nil && !errors.Is(err, sockets.ErrInUse) {
+			return 0, err
+		}
+		err = sockets.ErrUnseen
+		for _, h := range g.Members[i].Holders {
+			conn, takeErr := sockets.Take(h, event.Cookie)
+			if err = takeErr; err == nil {
+				defer conn.Close()
+				return group.Register(conn)
+			}
+		}
+		return 0, err
+	}
+	// The cookie of an MPTCP listener is not the one that was reported.
+	for _, g := range groups {
+		for _, m := range g.Members {
+			if m.MPTCP && g.Addr == event.Addr {
+				return 0, m.Check()
+			}
+		}
+	}
+	return 0, fmt.Errorf("%w: it was closed", sockets.ErrGone)
+}
+
+// bothValue is a flag that takes a protocol, or both.
+type bothValue sockets.Proto
+
+func (b *bothValue) Set(text string) error {
+	if text == "both" {
+		*b = 0
+		return nil
+	}
+	if (*protoValue)(b).Set(text) != nil {
+		return errors.New("use udp, tcp or both")
+	}
+	return nil
+}
+
+func (b *bothValue) String() string {
+	if *b == 0 {
+		return "both"
+	}
+	return sockets.Proto(*b).String()
+}
+func (b *bothValue) Type() string { return "udp|tcp|both" }
+
+// switchValue is a flag that takes on, off or leave.
+type switchValue force.Switch
+
+func (s *switchValue) Set(text string) error {
+	if (*force.Switch)(s).UnmarshalText([]byte(text)) != nil {
+		return errors.New("use on, off or leave")
+	}
+	return nil
+}
+
+func (s *switchValue) String() string { return force.Switch(*s).String() }
+func (s *switchValue) Type() string   { return "on|off|leave" }

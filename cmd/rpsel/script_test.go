@@ -1,0 +1,316 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+func TestMain(m *testing.M) {
+	testnet.MaybeServe()
+	testscript.Main(m, map[string]func(){"rpsel": main, "without": without})
+}
+
+// without runs a command without some capabilities: without bpf,perfmon CMD…
+func without() {
+	bits := map[string]uintptr{
+		"bpf": unix.CAP_BPF, "perfmon": unix.CAP_PERFMON, "sys_admin": unix.CAP_SYS_ADMIN,
+		"net_admin": unix.CAP_NET_ADMIN, "sys_ptrace": unix.CAP_SYS_PTRACE,
+	}
+	runtime.LockOSThread()
+	for _, name := range strings.Split(os.Args[1], ",") {
+		bit, ok := bits[name]
+		if !ok {
+			panic("unknown capability " + name)
+		}
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, bit, 0, 0, 0); err != nil {
+			panic(err)
+		}
+	}
+	path, err := exec.LookPath(os.Args[2])
+	if err == nil {
+		err = syscall.Exec(path, os.Args[2:], os.Environ())
+	}
+	panic(err)
+}
+
+// scripts runs txtar scripts, each in a network namespace and with a BPF file
+// system of its own. Besides testscript's commands they have:
+//
+//	exits CODE COMMAND…          run a command that exits with this code
+//	device NAME                  make a network interface
+//	serve NAME NETWORK ADDR OPT… start a server of 1 socket; options are a
+//	                             number of sockets, plain (no SO_REUSEPORT),
+//	                             v6only, cpu (SO_INCOMING_CPU) and uid=N.
+//	                             Sets $NAME to its pid
+//	foreign PORT                 attach a program that is not rpsel's
+//	die NAME                     kill it
+//	ask NAME [N ADDR]            let N new flows, or those of before, ask
+//	moved NAME none|some [SERVER…]  how many moved at the last ask, but for
+//	                             those of these servers' sockets
+//	served NAME none|some SERVER how many a server's socket answered
+//	remember                     note bpffs, groups and sockets
+//	unchanged                    they are as noted
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			w := &world{t: env.T().(testing.TB), servers: map[string]*testnet.Server{}, clients: map[string]*clients{}}
+			w.ns = testnet.New(w.t)
+			env.Values[worldKey{}] = w
+			env.Setenv("NETNS", w.ns.Path())
+			env.Setenv("COOKIE", strconv.FormatUint(w.ns.Cookie(), 10))
+			return w.enter()
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits":     exits,
+			"device":    device,
+			"foreign":   inWorld((*world).foreign),
+			"serve":     inWorld((*world).serve),
+			"die":       inWorld((*world).die),
+			"ask":       inWorld((*world).ask),
+			"moved":     inWorld((*world).moved),
+			"served":    inWorld((*world).served),
+			"remember":  inWorld((*world).remember),
+			"unchanged": inWorld((*world).unchanged),
+		},
+	})
+}
+
+type worldKey struct{}
+
+// world is what a script has around it.
+type world struct {
+	t       testing.TB
+	ns      *testnet.NetNS
+	servers map[string]*testnet.Server
+	clients map[string]*clients
+	before  []string
+}
+
+type clients struct {
+	*testnet.Clients
+	before, now []string
+}
+
+// enter moves the thread of the script, and so the processes it starts, into
+// the namespaces. The thread ends with the script.
+func (w *world) enter() error {
+	runtime.LockOSThread()
+	netns, err := os.Open(w.ns.Path())
+	if err != nil {
+		return err
+	}
+	defer netns.Close()
+	if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return os.NewSyscallError("setns", err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return os.NewSyscallError("mount", err)
+	}
+	return os.NewSyscallError("mount", unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"))
+}
+
+const bpffs = "/sys/fs/bpf"
+
+func inWorld(f func(*world, *testscript.TestScript, []string)) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		if neg {
+			ts.Fatalf("this command cannot be negated")
+		}
+		f(ts.Value(worldKey{}).(*world), ts, args)
+	}
+}
+
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	code := 0
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		code = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if code != want {
+		ts.Fatalf("exit code %d, want %d", code, want)
+	}
+}
+
+func device(ts *testscript.TestScript, _ bool, args []string) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = args[0]
+	ts.Check(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "peer"}))
+}
+
+func (w *world) serve(ts *testscript.TestScript, args []string) {
+	o := testnet.ServerOptions{Name: args[0], Network: args[1], Addr: args[2], ReusePort: true}
+	n := 1
+	for _, opt := range args[3:] {
+		uid, isUID := strings.CutPrefix(opt, "uid=")
+		var err error
+		switch {
+		case opt == "plain":
+			o.ReusePort = false
+		case opt == "v6only":
+			o.V6Only = true
+		case opt == "cpu":
+			o.Sockopts = []testnet.Sockopt{{Level: unix.SOL_SOCKET, Name: unix.SO_INCOMING_CPU, Value: 0}}
+		case isUID:
+			o.UID, err = strconv.Atoi(uid)
+		default:
+			n, err = strconv.Atoi(opt)
+		}
+		ts.Check(err)
+	}
+	s := testnet.StartGroup(w.t, w.ns, n, o)
+	w.servers[args[0]] = s
+	ts.Setenv(args[0], strconv.Itoa(s.PID()))
+}
+
+// foreign attaches a classic program that picks the first member.
+func (w *world) foreign(ts *testscript.TestScript, args []string) {
+	port, err := parseNumber(args[0], 1, 65535)
+	ts.Check(err)
+	groups, err := sockets.Find(sockets.Query{NetNS: w.ns.Cookie(), Port: uint16(port)})
+	ts.Check(err)
+	filter := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
+	prog := unix.SockFprog{Len: 1, Filter: &filter[0]}
+	ts.Check(withMember(groups[0], func(conn *sockets.Conn) error {
+		raw, err := conn.SyscallConn()
+		if err != nil {
+			return err
+		}
+		controlErr := raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &prog)
+		})
+		return errors.Join(err, controlErr)
+	}))
+}
+
+func (w *world) die(_ *testscript.TestScript, args []string) { w.servers[args[0]].Kill() }
+
+func (w *world) ask(ts *testscript.TestScript, args []string) {
+	if len(args) == 3 {
+		n, err := strconv.Atoi(args[1])
+		ts.Check(err)
+		w.clients[args[0]] = &clients{Clients: testnet.NewClients(w.t, w.ns, n, args[2])}
+	}
+	c := w.clients[args[0]]
+	c.before, c.now = c.now, c.Ask()
+	ts.Logf("%v", testnet.Shares(c.now))
+	if slices.Contains(c.now, "") {
+		ts.Fatalf("flows without an answer")
+	}
+	ts.Setenv(args[0]+"_PORT", strconv.Itoa(c.Port(0)))
+}
+
+func (w *world) moved(ts *testscript.TestScript, args []string) {
+	c := w.clients[args[0]]
+	var except []string
+	for _, server := range args[2:] {
+		except = append(except, w.servers[server].Names...)
+	}
+	noneOrSome(ts, args[1], testnet.Moved(c.before, c.now, except...))
+}
+
+func (w *world) served(ts *testscript.TestScript, args []string) {
+	n := 0
+	for _, name := range w.servers[args[2]].Names {
+		n += testnet.Shares(w.clients[args[0]].now)[name]
+	}
+	noneOrSome(ts, args[1], n)
+}
+
+func noneOrSome(ts *testscript.TestScript, want string, n int) {
+	ts.Logf("%d", n)
+	if got := map[bool]string{true: "none", false: "some"}[n == 0]; got != want {
+		ts.Fatalf("%d flows, want %s", n, want)
+	}
+}
+
+func (w *world) remember(ts *testscript.TestScript, _ []string) { w.before = w.state(ts) }
+
+func (w *world) unchanged(ts *testscript.TestScript, _ []string) {
+	if diff := cmp.Diff(w.before, w.state(ts)); diff != "" {
+		ts.Fatalf("bpffs, groups or sockets changed (-before +after):\n%s", diff)
+	}
+}
+
+// state describes all that rpsel might change.
+func (w *world) state(ts *testscript.TestScript) []string {
+	var state []string
+	err := filepath.WalkDir(bpffs, func(path string, d fs.DirEntry, err error) error {
+		if err == nil {
+			state = append(state, path+" "+d.Type().String())
+		}
+		return err
+	})
+	ts.Check(err)
+	groups, err := sockets.Find(sockets.Query{NetNS: w.ns.Cookie()})
+	ts.Check(err)
+	for _, g := range groups {
+		g.Kernel = min(g.Kernel, 1)
+		for i := range g.Members {
+			g.Members[i].RxQueue, g.Members[i].Drops = 0, 0
+		}
+		state = append(state, fmt.Sprintf("%+v", g))
+	}
+	return state
+}
+
+// Every example of the help texts is run by a script, as it stands.
+func TestExamples(t *testing.T) {
+	paths, err := filepath.Glob("testdata/*.txtar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var scripts strings.Builder
+	for _, path := range paths {
+		script, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		scripts.Write(script)
+	}
+	for _, cmd := range newRootCmd(&env{}).Commands() {
+		if cmd.Hidden {
+			continue
+		}
+		t.Run(cmd.Name(), func(t *testing.T) {
+			if cmd.Short == "" || cmd.Example == "" {
+				t.Error("no short description or no example")
+			}
+			for line := range strings.Lines(cmd.Example) {
+				example := strings.TrimSpace(line)
+				run := regexp.MustCompile(`(?m)^(exec|exits \d) ` + regexp.QuoteMeta(example) + `( &\S*)?$`)
+				if !run.MatchString(scripts.String()) {
+					t.Errorf("no script runs %q", example)
+				}
+			}
+		})
+	}
+}

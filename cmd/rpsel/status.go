@@ -1,0 +1,272 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rpsel/rpsel/loader"
+)
+
+func newStatusCmd(e *env) *cobra.Command {
+	var s scope
+	var asJSON, noHeader bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show the sticky groups and their listeners",
+		Long: `Show the sticky groups of this network namespace and their listeners.
+
+NEW/S is over the last 10 seconds. PACKETS counts runs of the program that chose
+the listener: a train of datagrams that GRO joined is one. RXQ and DROPS are the
+socket's own.`,
+		Example: `  rpsel status
+  rpsel status --port 1194 -j
+  rpsel status -N all`,
+		Args: noArgs,
+		RunE: func(*cobra.Command, []string) error {
+			groups, err := s.open()
+			if err != nil {
+				return err
+			}
+			defer closeAll(groups)
+			list, err := statuses(groups)
+			if err != nil {
+				return err
+			}
+			if len(list) == 0 {
+				e.say(`nothing is attached: "rpsel attach" makes a port sticky`)
+			}
+			return s.printStatus(e, list, asJSON, noHeader)
+		},
+	}
+	s.addGroupFlags(cmd)
+	cmd.Flags().Lookup("netns").Usage = "network namespace: `NAME`, path or pid, or \"all\" (default: this one)"
+	s.addBPFFSFlag(cmd)
+	addJSONFlag(cmd, &asJSON)
+	addNoHeaderFlag(cmd, &noHeader)
+	addQuietFlag(cmd, e)
+	addVerboseFlag(cmd, e, "say why listeners are not registered")
+	return cmd
+}
+
+// printStatus prints groups as a table or as JSON, and says what should not be
+// overlooked.
+func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool) error {
+	for _, status := range list {
+		name := s.groupName(status.Key)
+		if status.AllDraining {
+			e.warn("%s: every listener drains: new flows go to draining ones", name)
+		}
+		switch {
+		case status.Attached:
+		case alive(status):
+			e.warn(`%s: its program is not attached, the kernel's hash picks: "rpsel attach" attaches it again`, name)
+		default:
+			e.warn(`%s: no listener is left: start one and "rpsel attach" it, or "rpsel detach" to remove the state`, name)
+		}
+		for _, u := range status.Unregistered {
+			e.explain("%s: %s: %s", name, socketName(u.Socket), reason(u))
+		}
+	}
+	if asJSON {
+		return writeJSON(e.out, s.statusJSON(list))
+	}
+	for i, status := range list {
+		if i > 0 {
+			fmt.Fprintln(e.out)
+		}
+		if err := s.writeStatus(e.out, status, !noHeader); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// alive tells whether the group has a socket.
+func alive(status loader.Status) bool {
+	return len(status.Unregistered) > 0 ||
+		slices.ContainsFunc(status.Listeners, func(l loader.Listener) bool { return l.State != "dead" })
+}
+
+func reason(u loader.Unregistered) string {
+	if u.Reason == nil {
+		return `not registered yet: "rpsel attach" registers it`
+	}
+	return u.Reason.Error()
+}
+
+// writeStatus prints one group for people.
+func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) error {
+	title := fmt.Sprintf("%s  policy %s  affinity %s  flows %d/%d  rehomed %d  fallback %d",
+		s.groupName(status.Key), status.Policy, status.Affinity, status.Tracked, status.Capacity,
+		status.Counters.Rehomed, status.Counters.Fallback)
+	if status.Settling > 0 {
+		title += fmt.Sprintf("  settling %v", status.Settling.Round(time.Second))
+	}
+	if s.netns == allNetNS {
+		title += fmt.Sprintf("  netns %d", status.NetNSInode)
+	}
+	if !status.Attached {
+		title += "  not attached"
+	}
+	if _, err := fmt.Fprintln(w, title); err != nil {
+		return err
+	}
+	t := table{indent: "  ", columns: []column{
+		{"SLOT", true}, {"PID", true}, {"COMMAND", false}, {"STATE", false}, {"WEIGHT", true},
+		{"FLOWS", true}, {"NEW/S", true}, {"PACKETS", true}, {"RXQ", true}, {"DROPS", true},
+	}}
+	for _, l := range status.Listeners {
+		t.add(strconv.Itoa(l.Slot), unlessZero(l.PID), l.Command, l.State, strconv.Itoa(l.Weight),
+			strconv.Itoa(l.Flows), rate(l.Recent), strconv.FormatUint(l.Hit+l.New+l.Rehomed+l.Untracked+l.Migrated, 10),
+			unlessNegative(l.RxQueue), unlessNegative(l.Drops))
+	}
+	for _, u := range status.Unregistered {
+		pid, command := 0, "-"
+		if len(u.Socket.Holders) > 0 {
+			pid, command = u.Socket.Holders[0].PID, u.Socket.Holders[0].Command
+		}
+		t.add("-", unlessZero(pid), command, "unregistered", "-", "-", "-", "-",
+			strconv.FormatUint(uint64(u.Socket.RxQueue), 10), strconv.FormatUint(uint64(u.Socket.Drops), 10))
+	}
+	return t.write(w, header)
+}
+
+// rate is how many flows a second began in the last loader.RecentTime.
+func rate(recent int) string {
+	perSecond := float64(recent) / loader.RecentTime.Seconds()
+	if perSecond > 0 && perSecond < 10 {
+		return strconv.FormatFloat(perSecond, 'f', 1, 64)
+	}
+	return strconv.Itoa(int(math.Round(perSecond)))
+}
+
+func unlessZero(n int) string {
+	if n == 0 {
+		return "-"
+	}
+	return strconv.Itoa(n)
+}
+
+func unlessNegative(n int) string {
+	if n < 0 {
+		return "-"
+	}
+	return strconv.Itoa(n)
+}
+
+// statusJSON is the document that status and attach print with --json.
+type statusJSON struct {
+	Schema int               `json:"schema"`
+	Groups []groupStatusJSON `json:"groups"`
+}
+
+type groupStatusJSON struct {
+	groupJSON
+	Attached        bool               `json:"attached"`
+	Policy          string             `json:"policy"`
+	Affinity        string             `json:"affinity"`
+	Confirm         string             `json:"confirm"`
+	IdleSeconds     int                `json:"idle_seconds"`
+	IdleNewSeconds  int                `json:"idle_new_seconds"`
+	SettlingSeconds int                `json:"settling_seconds"`
+	Flows           flowCountsJSON     `json:"flows"`
+	Counters        countersJSON       `json:"counters"`
+	Unregistered    []unregisteredJSON `json:"unregistered"`
+	Listeners       []listenerJSON     `json:"listeners"`
+}
+
+type flowCountsJSON struct {
+	Tracked     int `json:"tracked"`
+	Established int `json:"established"`
+	Capacity    int `json:"capacity"`
+}
+
+type countersJSON struct {
+	Runs       uint64 `json:"runs"`
+	Hit        uint64 `json:"hit"`
+	New        uint64 `json:"new"`
+	Rehomed    uint64 `json:"rehomed"`
+	Untracked  uint64 `json:"untracked"`
+	Fallback   uint64 `json:"fallback"`
+	Migrated   uint64 `json:"migrated"`
+	ParseError uint64 `json:"parse_error"`
+	TableFull  uint64 `json:"table_full"`
+	Evicted    uint64 `json:"evicted"`
+}
+
+type unregisteredJSON struct {
+	PID     int    `json:"pid"`
+	Command string `json:"command"`
+	Reason  string `json:"reason"`
+}
+
+type listenerJSON struct {
+	Slot       int    `json:"slot"`
+	PID        int    `json:"pid"`
+	Command    string `json:"command"`
+	Cookie     uint64 `json:"cookie"`
+	Generation int    `json:"generation"`
+	State      string `json:"state"`
+	Weight     int    `json:"weight"`
+	Flows      int    `json:"flows"`
+	Hit        uint64 `json:"hit"`
+	New        uint64 `json:"new"`
+	Rehomed    uint64 `json:"rehomed"`
+	Untracked  uint64 `json:"untracked"`
+	Migrated   uint64 `json:"migrated"`
+	Bytes      uint64 `json:"bytes"`
+	RxQueue    *int   `json:"rx_queue"` // null: unknown
+	Drops      *int   `json:"drops"`    // null: unknown
+}
+
+func (s *scope) statusJSON(list []loader.Status) statusJSON {
+	document := statusJSON{schema, []groupStatusJSON{}}
+	for _, status := range list {
+		g := groupStatusJSON{
+			groupJSON: s.groupJSON(status.Key, status.NetNSInode),
+			Attached:  status.Attached, Policy: status.Policy, Affinity: status.Affinity, Confirm: status.Confirm,
+			IdleSeconds: wholeSeconds(status.Idle), IdleNewSeconds: wholeSeconds(status.IdleNew),
+			SettlingSeconds: wholeSeconds(status.Settling),
+			Flows:           flowCountsJSON{status.Tracked, status.Established, status.Capacity},
+			Counters:        countersJSON(status.Counters),
+			Unregistered:    []unregisteredJSON{},
+			Listeners:       []listenerJSON{},
+		}
+		for _, u := range status.Unregistered {
+			g.Unregistered = append(g.Unregistered, newUnregisteredJSON(u))
+		}
+		for _, l := range status.Listeners {
+			g.Listeners = append(g.Listeners, listenerJSON{
+				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie, Generation: l.Generation,
+				State: l.State, Weight: l.Weight, Flows: l.Flows,
+				Hit: l.Hit, New: l.New, Rehomed: l.Rehomed, Untracked: l.Untracked, Migrated: l.Migrated, Bytes: l.Bytes,
+				RxQueue: nullIfNegative(l.RxQueue), Drops: nullIfNegative(l.Drops),
+			})
+		}
+		document.Groups = append(document.Groups, g)
+	}
+	return document
+}
+
+func newUnregisteredJSON(u loader.Unregistered) unregisteredJSON {
+	j := unregisteredJSON{Reason: reason(u)}
+	if len(u.Socket.Holders) > 0 {
+		j.PID, j.Command = u.Socket.Holders[0].PID, u.Socket.Holders[0].Command
+	}
+	return j
+}
+
+func wholeSeconds(d time.Duration) int { return int(math.Ceil(d.Seconds())) }
+
+func nullIfNegative(n int) *int {
+	if n < 0 {
+		return nil
+	}
+	return &n
+}

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+func newWhyCmd(e *env) *cobra.Command {
+	var s scope
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "why CLIENT",
+		Short: "Say which listener a client has, and why",
+		Long: `Say which listener a client has, since when, by which rule, and where plain
+Linux would send it. CLIENT is an address, or an address and a port.
+
+The rules are:
+  kernel   first seen while the group settled: left where the kernel's hash had it
+  table    a new flow: given out by the pick table
+  rehomed  its listener died: given to another one`,
+		Example: `  rpsel why 127.0.0.1
+  rpsel why 127.0.0.1:40001 --port 1194 -j`,
+		Args: oneArg("CLIENT"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			addr, port, err := parseClient(args[0])
+			if err != nil {
+				return usageError("CLIENT %q: %v", args[0], err)
+			}
+			groups, err := s.open()
+			if err != nil {
+				return err
+			}
+			defer closeAll(groups)
+			answers, err := explainClient(groups, addr, port)
+			if err != nil {
+				return err
+			}
+			if len(answers) == 0 {
+				return notFound(`%s: no tracked flow of this client: "rpsel flows" lists them`, args[0])
+			}
+			if asJSON {
+				return writeJSON(e.out, struct {
+					Schema int          `json:"schema"`
+					Flows  []answerJSON `json:"flows"`
+				}{schema, answersJSON(answers)})
+			}
+			for _, a := range answers {
+				if err := writeAnswer(e, a); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	s.addGroupFlags(cmd)
+	s.addBPFFSFlag(cmd)
+	addJSONFlag(cmd, &asJSON)
+	return cmd
+}
+
+// parseClient takes ADDR, ADDR:PORT or [ADDR]:PORT. Port 0 is every port.
+func parseClient(text string) (netip.Addr, uint16, error) {
+	if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" {
+		return addr.Unmap(), 0, nil
+	}
+	client, err := netip.ParseAddrPort(text)
+	if err != nil || client.Port() == 0 || client.Addr().Zone() != "" {
+		return netip.Addr{}, 0, errors.New("use an address, or an address and a port, such as 10.0.0.1, 10.0.0.1:40001 or [2001:db8::1]:40001")
+	}
+	return client.Addr().Unmap(), client.Port(), nil
+}
+
+// answer is what there is to say about one flow.
+type answer struct {
+	flowRow
+	listener loader.Listener
+	rule     string
+	plain    sockets.Socket // where plain Linux would send it
+	plainOK  bool           // there is such a place
+	// plainSlot is where that is registered, -1 if nowhere.
+	plainSlot int
+}
+
+// The rules by which a flow has its listener.
+const (
+	ruleKernel  = "kernel"
+	ruleTable   = "table"
+	ruleRehomed = "rehomed"
+)
+
+func ruleOf(f loader.Flow) string {
+	switch {
+	case f.Rehomed():
+		return ruleRehomed
+	case f.Settling:
+		return ruleKernel
+	default:
+		return ruleTable
+	}
+}
+
+func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answer, error) {
+	var answers []answer
+	for _, g := range groups {
+		one := []*loader.Group{g}
+		rows, err := collectFlows(one, flowFilter{client: netip.PrefixFrom(addr, addr.BitLen()), slot: -1})
+		if err != nil {
+			return nil, err
+		}
+		list, err := statuses(one)
+		if err != nil {
+			return nil, err
+		}
+		for _, row := range rows {
+			if port != 0 && row.Client.Port() != port {
+				continue
+			}
+			a := answer{flowRow: row, rule: ruleOf(row.Flow), plainSlot: -1}
+			a.listener, _ = listenerIn(list[0], row.Slot)
+			if a.plain, a.plainOK, err = g.Where(row.Flow); err != nil {
+				return nil, err
+			}
+			for _, l := range list[0].Listeners {
+				if a.plainOK && l.Cookie == a.plain.Cookie && l.State != "dead" {
+					a.plainSlot = l.Slot
+				}
+			}
+			answers = append(answers, a)
+		}
+	}
+	return answers, nil
+}
+
+func writeAnswer(e *env, a answer) error {
+	listener := fmt.Sprintf("slot %d, %s (pid %d), %s", a.Slot, a.listener.Command, a.listener.PID, a.listener.State)
+	if a.Orphan {
+		listener = fmt.Sprintf("none: that in slot %d died, the next packet gets another one", a.Slot)
+	}
+	rule := map[string]string{
+		ruleKernel:  "kernel's own order: first seen while the group settled, so left where it was",
+		ruleTable:   "pick table: a new flow after the group had settled",
+		ruleRehomed: "rehomed: the listener it had before died",
+	}[a.rule]
+	plain := "nowhere: the group has no socket"
+	if a.plainOK {
+		plain = socketName(a.plain)
+		if a.plainSlot >= 0 {
+			plain = fmt.Sprintf("slot %d, %s", a.plainSlot, plain)
+		} else {
+			plain += ", not registered"
+		}
+	}
+	_, err := fmt.Fprintf(e.out, "%s %s -> %s\n  listener     %s\n  since        %s ago; first packet %s ago, last %s ago; %s\n  rule         %s\n  plain Linux  %s\n",
+		a.proto, a.Client, a.Local, listener, a.Since, a.Age, a.Idle, a.State, rule, plain)
+	return err
+}
+
+type answerJSON struct {
+	Proto        string     `json:"proto"`
+	Local        string     `json:"local"`
+	Client       string     `json:"client"`
+	Slot         int        `json:"slot"`
+	PID          int        `json:"pid"`
+	Command      string     `json:"command"`
+	Orphan       bool       `json:"orphan"`
+	State        string     `json:"state"`
+	AgeSeconds   int        `json:"age_seconds"`
+	IdleSeconds  int        `json:"idle_seconds"`
+	SinceSeconds int        `json:"since_seconds"`
+	Rule         string     `json:"rule"`
+	Plain        *plainJSON `json:"plain_linux"` // null: nowhere
+}
+
+type plainJSON struct {
+	Slot    *int   `json:"slot"` // null: not registered
+	PID     int    `json:"pid"`
+	Command string `json:"command"`
+}
+
+func answersJSON(answers []answer) []answerJSON {
+	list := []answerJSON{}
+	for _, a := range answers {
+		j := answerJSON{
+			Proto: a.proto.String(), Local: a.Local.String(), Client: a.Client.String(),
+			Slot: a.Slot, PID: a.pid, Command: a.listener.Command, Orphan: a.Orphan, State: a.State.String(),
+			AgeSeconds: int(a.Age / time.Second), IdleSeconds: int(a.Idle / time.Second), SinceSeconds: int(a.Since / time.Second),
+			Rule: a.rule,
+		}
+		if a.plainOK {
+			j.Plain = &plainJSON{Slot: nullIfNegative(a.plainSlot)}
+			if len(a.plain.Holders) > 0 {
+				j.Plain.PID, j.Plain.Command = a.plain.Holders[0].PID, a.plain.Holders[0].Command
+			}
+		}
+		list = append(list, j)
+	}
+	return list
+}
