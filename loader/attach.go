@@ -238,13 +238,13 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	}
 	if p.Attached {
 		if given.Settle != 0 {
-			g.state.config.Settle(now, now+seconds(o.Settle))
+			g.state.config.Settle(now, settledAt(now, o.Settle))
 		}
 		return g.join(p.Register, now)
 	}
 	// The group was made anew since, or somebody took the program off: its
 	// flows are where the kernel's hash has them, as at a first attach.
-	g.state.config.Settle(now, now+seconds(o.Settle))
+	g.state.config.Settle(now, settledAt(now, o.Settle))
 	if err := g.followKernel(p); err != nil {
 		return err
 	}

@@ -113,6 +113,15 @@ func clockMult() (uint32, error) {
 // seconds rounds up: no flow is forgotten before its time.
 func seconds(d time.Duration) uint32 { return uint32((d + time.Second - 1) / time.Second) }
 
+// settledAt is the second in which a group has settled for d at least: the
+// present one has begun already.
+func settledAt(now uint32, d time.Duration) uint32 {
+	if d == 0 {
+		return now
+	}
+	return now + seconds(d) + 1
+}
+
 // create loads a program with maps of its own for a group that has members
 // members.
 func create(key Key, members int, o Options) (_ *state, err error) {
@@ -171,7 +180,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.Attached = now
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
-	s.config.Settle(now, now+seconds(o.Settle))
+	s.config.Settle(now, settledAt(now, o.Settle))
 	return s, nil
 }
 

@@ -88,7 +88,10 @@ func (g *Group) Status() (Status, error) {
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second
-	status.Settling = time.Duration(s.config.Settling(now)) * time.Second
+	if left := s.config.Settling(now); left > 0 {
+		// The last second has begun already, see settledAt.
+		status.Settling = time.Duration(max(1, left-1)) * time.Second
+	}
 
 	live, err := g.live()
 	if err != nil {

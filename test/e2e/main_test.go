@@ -1,0 +1,175 @@
+// Package e2e tests the rpsel command with real servers that know nothing of
+// it, on traffic that real clients make.
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if err := os.RemoveAll(buildDir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+var buildDir string // set by build
+
+// build builds the command once and returns its path.
+var build = sync.OnceValues(func() (path string, err error) {
+	if buildDir, err = os.MkdirTemp("", "rpsel-e2e-"); err != nil {
+		return "", err
+	}
+	path = filepath.Join(buildDir, "rpsel")
+	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/rpsel").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build rpsel: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// rpsel is the command, for one port in one namespace with state of its own.
+type rpsel struct {
+	t     testing.TB
+	path  string
+	ns    *testnet.NetNS
+	bpffs string
+	port  int
+}
+
+// newRpsel builds the command.
+func newRpsel(t testing.TB, ns *testnet.NetNS, port int) *rpsel {
+	t.Helper()
+	path, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &rpsel{t, path, ns, testnet.BPFFS(t), port}
+}
+
+func (r *rpsel) args(verb string, args ...string) []string {
+	return append([]string{verb, "--bpffs", r.bpffs, "--port", strconv.Itoa(r.port)}, args...)
+}
+
+// run is the command line that, with a server's appended, runs the server with
+// SO_REUSEPORT forced. It is to be started in the namespace.
+func (r *rpsel) run() []string {
+	return append([]string{r.path}, r.args("run", "--")...)
+}
+
+// outside is a command that speaks of the namespace from outside.
+func (r *rpsel) outside(verb string, args ...string) *exec.Cmd {
+	return exec.Command(r.path, r.args(verb, append([]string{"-N", r.ns.Path()}, args...)...)...)
+}
+
+// attach runs "rpsel attach", which must succeed, and shows what it says.
+func (r *rpsel) attach(args ...string) {
+	r.t.Helper()
+	cmd := r.outside("attach", args...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("%s: %v\n%s", cmd, err, out)
+	}
+	r.t.Logf("rpsel attach\n%s", out)
+}
+
+// status is what the tests read of "rpsel status --json".
+type status struct {
+	Groups []struct {
+		SettlingSeconds int `json:"settling_seconds"`
+		Listeners       []struct {
+			PID   int
+			State string
+		}
+	}
+}
+
+// await returns when the status has a property. It fails the test if it has
+// not for half a minute.
+func (r *rpsel) await(what string, property func(status) bool) {
+	r.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
+		cmd := r.outside("status", "--json")
+		out, err := cmd.Output()
+		if err != nil {
+			r.t.Fatalf("%s: %v", cmd, err)
+		}
+		var s status
+		if err := json.Unmarshal(out, &s); err != nil {
+			r.t.Fatalf("%s: %v\n%s", cmd, err, out)
+		}
+		if property(s) {
+			return
+		}
+		time.Sleep(100 * time.Millisecond) // nothing tells of a change
+	}
+	r.t.Fatalf("%s: not within half a minute", what)
+}
+
+// awaitSettled returns when new listeners have their share of new flows.
+func (r *rpsel) awaitSettled() {
+	r.t.Helper()
+	r.await("settled", func(s status) bool {
+		for _, g := range s.Groups {
+			if g.SettlingSeconds > 0 {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// awaitActive returns when a process has an active listener.
+func (r *rpsel) awaitActive(pid int) {
+	r.t.Helper()
+	r.await(fmt.Sprintf("pid %d active", pid), func(s status) bool {
+		for _, g := range s.Groups {
+			for _, l := range g.Listeners {
+				if l.PID == pid && l.State == "active" {
+					return true
+				}
+			}
+		}
+		return false
+	})
+}
+
+// explain shows the port's state if the test has failed. To be deferred, or
+// the servers are gone by then.
+func (r *rpsel) explain() {
+	if !r.t.Failed() {
+		return
+	}
+	for _, noun := range []string{"status", "flows"} {
+		out, err := r.outside(noun).CombinedOutput()
+		r.t.Logf("rpsel %s: %v\n%s", noun, err, out)
+	}
+}
+
+// need skips the test where a program is missing, or fails it in CI.
+func need(t testing.TB, program string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if errors.Is(err, exec.ErrNotFound) {
+		path, err = exec.LookPath(filepath.Join("/usr/sbin", program))
+	}
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
+		(&testnet.Unavailable{What: program, Err: err}).Skip(t)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,202 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+)
+
+const (
+	vpnPort = 1194
+	vpnUp   = "Initialization Sequence Completed"
+	// maxClients bounds how many are started to have some on every server: the
+	// chance that 40 leave one of three with fewer than two is 1 in 500 000.
+	maxClients = 40
+)
+
+// vpn is a laboratory of unmodified OpenVPN servers on one UDP port of one
+// namespace, and their clients in another. Server N has the device sN and the
+// subnet 10.8.N.0/24, so that a client's address tells its server.
+type vpn struct {
+	*prober
+	t       testing.TB
+	openvpn string
+	dir     string
+	pki     *pki
+	servers *testnet.NetNS
+	clients []*client
+}
+
+// client is an OpenVPN client. Its name is that of its device, too.
+type client struct {
+	*daemon
+	first int // the server it got at first
+}
+
+// newVPN makes the two namespaces and starts probing.
+func newVPN(t testing.TB) *vpn {
+	t.Helper()
+	testnet.Privileged(t)
+	v := &vpn{t: t, openvpn: need(t, "openvpn"), dir: t.TempDir(), pki: newPKI(t)}
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+		(&testnet.Unavailable{What: "tun devices", Err: err}).Skip(t)
+	}
+	v.must(err)
+	tun.Close()
+
+	clients, servers := testnet.Pair(t)
+	v.servers = servers
+	v.must(clients.Do(func() error {
+		for key, value := range map[string]string{
+			"ping_group_range": "0 0", // who may use echo sockets
+			// Clients of one server have routes for its subnet on several devices.
+			"conf/all/rp_filter":     "0",
+			"conf/default/rp_filter": "0",
+		} {
+			if err := os.WriteFile(filepath.Join("/proc/sys/net/ipv4", key), []byte(value), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	v.prober = startProber(clients)
+	t.Cleanup(v.end)
+	return v
+}
+
+func (v *vpn) must(err error) {
+	v.t.Helper()
+	if err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// config writes a configuration file and returns its path.
+func (v *vpn) config(name, text string) string {
+	v.t.Helper()
+	path := filepath.Join(v.dir, name+".conf")
+	v.must(os.WriteFile(path, []byte(text), 0o600))
+	return path
+}
+
+// startServer starts server n, behind the wrapping command line if there is
+// one, and returns when it serves.
+func (v *vpn) startServer(n int, wrap ...string) *daemon {
+	v.t.Helper()
+	d := v.launchServer(n, wrap...)
+	d.await(v.t, vpnUp)
+	return d
+}
+
+// launchServer is startServer without the wait.
+func (v *vpn) launchServer(n int, wrap ...string) *daemon {
+	v.t.Helper()
+	name := fmt.Sprint("s", n)
+	config := v.config(name, fmt.Sprintf(`
+proto udp
+port %d
+dev-type tun
+dev %s
+topology subnet
+server 10.8.%d.0 255.255.255.0
+keepalive 2 10
+dh none
+setenv opt disable-dco
+verb 3
+`, vpnPort, name, n)+v.pki.server(v.t, name))
+	return startDaemon(v.t, v.servers, name, append(slices.Clone(wrap), v.openvpn, "--config", config)...)
+}
+
+// connect starts clients together and returns them when all have a server that
+// answers.
+func (v *vpn) connect(n int) []*client {
+	v.t.Helper()
+	var started []*client
+	for range n {
+		name := fmt.Sprint("c", len(v.clients)+len(started)+1)
+		config := v.config(name, fmt.Sprintf(`
+client
+proto udp
+remote %s %d
+nobind
+dev-type tun
+dev %s
+connect-retry 1 2
+setenv opt disable-dco
+verb 3
+`, v.servers.IPv4, vpnPort, name)+v.pki.client(v.t, name))
+		started = append(started, &client{daemon: startDaemon(v.t, v.ns, name, v.openvpn, "--config", config)})
+	}
+	for _, c := range started {
+		c.await(v.t, vpnUp)
+		v.must(v.ns.Do(func() (err error) {
+			c.first, err = ping(c.name)
+			return err
+		}))
+		if c.first == 0 {
+			v.t.Fatalf("%s is up but its server does not answer", c.name)
+		}
+		v.add(c.name)
+	}
+	v.clients = append(v.clients, started...)
+	return started
+}
+
+// connectUntil starts clients, first so many and then a few at a time, until
+// each of servers 1 to n has some of them, and returns those.
+func (v *vpn) connectUntil(first, servers, each int) []*client {
+	v.t.Helper()
+	clients := v.connect(first)
+	for {
+		short := false
+		for server := 1; server <= servers; server++ {
+			short = short || len(on(clients, server)) < each
+		}
+		if !short {
+			v.t.Logf("%d clients on %v", len(clients), shares(clients))
+			return clients
+		}
+		if len(clients) >= maxClients {
+			v.t.Fatalf("%d clients and not %d on each server: %v", len(clients), each, shares(clients))
+		}
+		clients = append(clients, v.connect(4)...)
+	}
+}
+
+// on are the clients whose first server was a certain one.
+func on(clients []*client, server int) []*client {
+	return slices.DeleteFunc(slices.Clone(clients), func(c *client) bool { return c.first != server })
+}
+
+func shares(clients []*client) map[int]int {
+	shares := make(map[int]int)
+	for _, c := range clients {
+		shares[c.first]++
+	}
+	return shares
+}
+
+// awaitBack returns the first round from now on in which each of the clients has
+// an answer from another server than its first. It fails the test after a minute.
+func (v *vpn) awaitBack(clients []*client) (round int) {
+	v.t.Helper()
+	from := v.round()
+	for round := from; round < from+60; round++ {
+		v.finish(round)
+		away := slices.DeleteFunc(slices.Clone(clients), func(c *client) bool {
+			server := v.at(c.name, round)
+			return server != 0 && server != c.first
+		})
+		if len(away) == 0 {
+			return round
+		}
+	}
+	v.t.Fatal("the clients of the killed server did not come back")
+	return 0
+}
