@@ -21,7 +21,8 @@ import (
 const DefaultFS FS = "/sys/fs/bpf"
 
 // FS is the mount point of the BPF file system that holds rpsel's state. The
-// empty string is DefaultFS.
+// empty string is DefaultFS; where "ip netns exec" or the like hides that below
+// a new /sys, it is reached by way of the root of an ancestor process.
 //
 // State of a group is in the directory rpsel/NETNS/GROUP, made aside under a
 // name that begins with tmp_ and put in place by one rename. Directories have
@@ -40,10 +41,54 @@ const (
 var lockPatience = 10 * time.Second
 
 func (fs FS) mount() string {
-	if fs == "" {
-		return string(DefaultFS)
+	if fs != "" {
+		return string(fs)
 	}
-	return string(fs)
+	if !isBPFFS(string(DefaultFS)) {
+		for _, root := range ancestorRoots() {
+			if path := root + string(DefaultFS); isBPFFS(path) {
+				return path
+			}
+		}
+	}
+	return string(DefaultFS)
+}
+
+// ancestorRoots lists the root directories of those ancestors of this process
+// that live in another mount namespace, the nearest first.
+func ancestorRoots() []string {
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil
+	}
+	var roots []string
+	for pid := os.Getppid(); pid > 0; pid = parent(pid) {
+		proc := fmt.Sprintf("/proc/%d", pid)
+		if ns, err := os.Readlink(proc + "/ns/mnt"); err == nil && ns != own {
+			roots = append(roots, proc+"/root")
+		}
+	}
+	return roots
+}
+
+// parent returns the parent of a process, 0 if there is none to be seen.
+func parent(pid int) int {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	// The name in parentheses may hold anything, spaces and parentheses too.
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	if len(fields) < 2 {
+		return 0
+	}
+	ppid, _ := strconv.Atoi(fields[1])
+	return ppid
+}
+
+func isBPFFS(path string) bool {
+	var stat unix.Statfs_t
+	return unix.Statfs(path, &stat) == nil && stat.Type == unix.BPF_FS_MAGIC
 }
 
 func (fs FS) root() string { return filepath.Join(fs.mount(), rootName) }
@@ -55,10 +100,7 @@ func (fs FS) netnsDir(cookie uint64) string {
 func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS), dirName(k)) }
 
 // mounted reports whether there is a bpffs.
-func (fs FS) mounted() bool {
-	var stat unix.Statfs_t
-	return unix.Statfs(fs.mount(), &stat) == nil && stat.Type == unix.BPF_FS_MAGIC
-}
+func (fs FS) mounted() bool { return isBPFFS(fs.mount()) }
 
 // prepare mounts the bpffs if it is missing, and makes the directory of the
 // namespace.
@@ -82,6 +124,11 @@ func (fs FS) prepare(netns uint64) error {
 // mountBPFFS mounts a BPF file system where one is looked for. The directory is
 // made if it is missing, but not its parents.
 func (fs FS) mountBPFFS() error {
+	if fs == "" && len(ancestorRoots()) > 0 {
+		// Mounted here, it would go with this command, and the state with it.
+		return fmt.Errorf("%w on %s outside of this mount namespace: mount one there, or name the network namespace with -N instead of entering it",
+			ErrNoBPFFS, fs.mount())
+	}
 	madeErr := os.Mkdir(fs.mount(), 0o755)
 	if madeErr != nil && !errors.Is(madeErr, os.ErrExist) {
 		return fmt.Errorf("%w: %v: name another place with --bpffs", ErrNoBPFFS, madeErr)
