@@ -14,11 +14,10 @@
  * alone: no process of ours needs to run.
  */
 #include <linux/bpf.h>
-#include <linux/if_ether.h>
-#include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
+#include "parse.h"
 #include "pick.h"
 #include "rpsel.h"
 
@@ -360,36 +359,6 @@ ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cf
 	return SK_PASS;
 }
 
-/* client_port is the source port: the first two bytes of both UDP and TCP. */
-ALWAYS_INLINE int client_port(struct sk_reuseport_md *ctx, __u32 *port)
-{
-	__be16 *source = ctx->data;
-	__be16 copy;
-
-	if ((void *)(source + 1) <= ctx->data_end) {
-		*port = bpf_ntohs(*source);
-		return 1;
-	}
-	if (bpf_skb_load_bytes(ctx, 0, &copy, sizeof(copy)))
-		return 0;
-	*port = bpf_ntohs(copy);
-	return 1;
-}
-
-/*
- * client_address reads the source address relative to the network header, by
- * the packet's own version: a dual-stack socket gets IPv4 packets too. The
- * address sits in the fixed part of either header, whatever extensions follow.
- */
-ALWAYS_INLINE int client_address(struct sk_reuseport_md *ctx, __u64 client[2])
-{
-	if (ctx->eth_protocol == bpf_htons(ETH_P_IPV6))
-		return !bpf_skb_load_bytes_relative(ctx, 8, client, 16, BPF_HDR_START_NET);
-	client[0] = 0;
-	client[1] = bpf_cpu_to_be64(0xffff00000000ull);
-	return !bpf_skb_load_bytes_relative(ctx, 12, (void *)client + 12, 4, BPF_HDR_START_NET);
-}
-
 /* describe writes what people will want to know, into the row of the claimed entry. */
 ALWAYS_INLINE void describe(__u32 row, const __u64 client[2], __u32 port, __u32 now)
 {
@@ -461,7 +430,7 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 	struct choice c = {};
 	__u64 client[2];
 
-	if (!client_address(ctx, client)) {
+	if (!client_address(ctx, ctx->eth_protocol, client)) {
 		COUNT(parse_error);
 		return untracked(ctx, cfg, settling);
 	}
@@ -533,7 +502,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 
 	now = clock();
 	settling = settling_at(cfg, now);
-	if (!client_port(ctx, &port)) {
+	if (!client_port(ctx, ctx->data, ctx->data_end, &port)) {
 		COUNT(parse_error);
 		return untracked(ctx, cfg, settling);
 	}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//go:build ignore
+
+/*
+ * The pure parts of the selection program, to be run by BPF_PROG_TEST_RUN, which
+ * sk_reuseport programs do not have. Only the tests of this package load it.
+ *
+ * Arguments and results are in the variable io.
+ */
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
+
+#include <bpf/bpf_helpers.h>
+
+#include "flow.h"
+#include "parse.h"
+#include "pick.h"
+#include "rpsel.h"
+
+#define HARNESS_BUCKETS 4
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, HARNESS_BUCKETS);
+	__type(key, __u32);
+	__type(value, struct bucket);
+} flows SEC(".maps");
+
+struct values {
+	/* run_numbers */
+	__u64 word;
+	__u64 other_word;
+	__u64 identity;
+	__u64 set;
+	__u64 nth_one;
+	__u64 refreshed;
+	__u64 moved;
+	__u64 made;
+	__u32 hash;
+	__u32 port;
+	__u32 buckets;
+	__u32 now;
+	__u32 idle;
+	__u32 idle_new;
+	__u32 slot;
+	__u32 incarnation;
+	__u32 entry;
+	__u32 n;
+	__u32 first;
+	__u32 second;
+	__s32 age;
+	__u32 expired;
+	__u32 same_listener;
+	__u32 tag;
+	__u32 entry_hash;
+	__u32 picked;
+	__u32 picked_settling;
+	__u32 mended;
+	/* run_parse */
+	__u64 client[2];
+	__u32 outside; /* in: pretend that nothing is linear */
+	__u32 parsed_port;
+	__u32 parsed_address;
+	/* run_packet */
+	__u32 result;
+	__u32 place;
+	__u32 evicted;
+};
+
+struct values io;
+
+SEC("tc")
+int run_numbers(struct __sk_buff *skb)
+{
+	(void)skb;
+	io.identity = flow_identity(io.hash, io.port);
+	io.tag = flow_tag(io.identity);
+	io.first = first_bucket(io.identity, io.buckets);
+	io.second = second_bucket(io.identity, io.buckets);
+	io.made = make_word(word_slot(io.word), word_incarnation(io.word), word_state(io.word),
+			    word_second(io.word), word_tag(io.word));
+	io.same_listener = same_listener(io.word, io.other_word);
+	io.age = age(io.now, word_second(io.word));
+	io.refreshed = refreshed(io.word, io.now);
+	io.expired = expired(io.word, io.now, io.idle, io.idle_new);
+	io.moved = moved(io.word, io.slot, io.incarnation, io.now);
+	io.entry_hash = entry_hash(io.entry);
+	io.picked = picked(io.entry, 0);
+	io.picked_settling = picked(io.entry, 1);
+	io.mended = mended(io.entry, io.slot, io.n);
+	io.nth_one = nth_one(io.set, io.n);
+	return TC_ACT_OK;
+}
+
+/*
+ * The kernel's test run lays out an Ethernet frame, so what stands for the
+ * transport header is the frame's first bytes. The network header is where it
+ * belongs.
+ */
+SEC("tc")
+int run_parse(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+
+	io.parsed_port = client_port(skb, data, io.outside ? data : data_end, &io.port);
+	io.parsed_address = client_address(skb, skb->protocol, io.client);
+	return TC_ACT_OK;
+}
+
+enum { PACKET_HIT = 100, PACKET_REFRESHED = 101 };
+
+/* run_packet does to the flow table what a packet of a flow does whose listener lives. */
+SEC("tc")
+int run_packet(struct __sk_buff *skb)
+{
+	__u64 identity = io.identity, word = 0;
+	__u32 a = first_bucket(identity, HARNESS_BUCKETS),
+	      b = second_bucket(identity, HARNESS_BUCKETS);
+	struct bucket *first = bpf_map_lookup_elem(&flows, &a);
+	struct bucket *second = bpf_map_lookup_elem(&flows, &b);
+	struct flow *f;
+	__u32 place;
+
+	(void)skb;
+	if (!first || !second)
+		return TC_ACT_OK;
+	f = first->flows;
+	place = find_in(first, identity, &word);
+	if (place == RPSEL_BUCKET) {
+		f = second->flows;
+		place = find_in(second, identity, &word);
+	}
+	if (place < RPSEL_BUCKET && !expired(word, io.now, io.idle, io.idle_new)) {
+		__u64 fresh = refreshed(word, io.now);
+
+		io.result = PACKET_HIT;
+		io.slot = word_slot(word);
+		if (fresh != word && exchange(&f[place & (RPSEL_BUCKET - 1)].word, word, fresh))
+			io.result = PACKET_REFRESHED;
+		return TC_ACT_OK;
+	}
+
+	struct insertion in = {
+		.identity = identity,
+		.now = io.now,
+		.idle = io.idle,
+		.idle_new = io.idle_new,
+		.slot = io.slot,
+		.incarnation = io.incarnation,
+		.tag = flow_tag(identity),
+	};
+
+	io.result = insert_claim(first, second, &in);
+	if (io.result == INSERT_CLAIMED)
+		io.result = insert_commit(first, second, &in);
+	io.place = in.place;
+	io.evicted = in.evicted;
+	return TC_ACT_OK;
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";
