@@ -29,21 +29,21 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#define AF_INET		2
-#define AF_INET6	10
-#define IPPROTO_TCP	6
-#define IPPROTO_UDP	17
-#define IPPROTO_MPTCP	262
-#define TCP_LISTEN	10
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_MPTCP 262
+#define TCP_LISTEN 10
 
-#define MAX_MEMBERS	4096	/* the loader raises it when used_members asks for more */
-#define MAX_GROUPS	65536
+#define MAX_MEMBERS 4096 /* the loader raises it when used_members asks for more */
+#define MAX_GROUPS 65536
 
-#define FLAG_REUSEPORT		(1 << 0) /* SO_REUSEPORT is set */
-#define FLAG_V6ONLY		(1 << 1)
-#define FLAG_HAS_PROGRAM	(1 << 2) /* the group has a program, also classic BPF */
-#define FLAG_INCOMING_CPU	(1 << 3) /* a member of the group set SO_INCOMING_CPU */
-#define FLAG_MPTCP		(1 << 4)
+#define FLAG_REUSEPORT (1 << 0) /* SO_REUSEPORT is set */
+#define FLAG_V6ONLY (1 << 1)
+#define FLAG_HAS_PROGRAM (1 << 2)  /* the group has a program, also classic BPF */
+#define FLAG_INCOMING_CPU (1 << 3) /* a member of the group set SO_INCOMING_CPU */
+#define FLAG_MPTCP (1 << 4)
 
 /* The kernel structures, as far as they are read. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -183,28 +183,28 @@ struct bpf_iter__task_file {
 
 /* One descriptor of one socket, in host byte order but for the addresses. */
 struct record {
-	__u64 cookie;		/* SO_COOKIE */
+	__u64 cookie; /* SO_COOKIE */
 	__u64 inode;
-	__u64 member;		/* address of the sock that is in the group */
-	__u64 group;		/* address of its sock_reuseport, or 0 */
+	__u64 member; /* address of the sock that is in the group */
+	__u64 group;  /* address of its sock_reuseport, or 0 */
 	__u64 netns_cookie;
 	__u32 netns_inum;
-	__u32 first_member;	/* index into the map "members" */
+	__u32 first_member; /* index into the map "members" */
 	__u32 num_members;
-	__u32 program;		/* id, 0 for classic BPF */
-	__u32 pid;		/* in the reader's pid namespace */
+	__u32 program; /* id, 0 for classic BPF */
+	__u32 pid;     /* in the reader's pid namespace */
 	__u32 fd;
 	__u32 uid;
 	__u32 device;
-	__u32 rx_queue;		/* UDP: bytes; TCP: connections not accepted */
+	__u32 rx_queue; /* UDP: bytes; TCP: connections not accepted */
 	__u32 drops;
 	__u32 flags;
 	__u16 protocol;
 	__u16 family;
 	__u16 local_port;
 	__u16 remote_port;
-	__u8 encap;		/* UDP_ENCAP_* */
-	__u8 user_data;		/* 0 free, else 1 + the low bits of sk_user_data */
+	__u8 encap;	/* UDP_ENCAP_* */
+	__u8 user_data; /* 0 free, else 1 + the low bits of sk_user_data */
 	__u8 pad[2];
 	__u8 local[16];
 	__u8 remote[16];
@@ -331,8 +331,7 @@ static __always_inline __u32 drops_of(struct sock *sk)
 		struct numa_drop_counters *c = BPF_CORE_READ(sk, sk_drop_counters);
 
 		if (c)
-			return BPF_CORE_READ(c, drops0.counter) +
-			       BPF_CORE_READ(c, drops1.counter);
+			return BPF_CORE_READ(c, drops0.counter) + BPF_CORE_READ(c, drops1.counter);
 	}
 	return BPF_CORE_READ(sk, sk_drops.counter);
 }

@@ -66,8 +66,10 @@ ALWAYS_INLINE int same_listener(__u64 a, __u64 b)
 ALWAYS_INLINE __u64 make_word(__u32 slot, __u32 incarnation, __u32 state, __u32 second, __u32 tag)
 {
 	return (__u64)slot << WORD_SLOT_SHIFT |
-	       (__u64)(incarnation & ((1u << WORD_INCARNATION_BITS) - 1)) << WORD_INCARNATION_SHIFT |
-	       (__u64)state << WORD_STATE_SHIFT | (__u64)(second & SECOND_MASK) << WORD_SECOND_SHIFT |
+	       (__u64)(incarnation & ((1u << WORD_INCARNATION_BITS) - 1))
+		       << WORD_INCARNATION_SHIFT |
+	       (__u64)state << WORD_STATE_SHIFT |
+	       (__u64)(second & SECOND_MASK) << WORD_SECOND_SHIFT |
 	       (tag & ((1u << WORD_TAG_BITS) - 1));
 }
 
@@ -219,9 +221,9 @@ ALWAYS_INLINE int rival(__u64 word, const struct insertion *in)
 	return word_tag(word) == in->tag && word_state(word) != FLOW_EMPTY && !vacant(word, in);
 }
 
-#define RANK_OWN 0		/* the flow's own expired entry */
+#define RANK_OWN 0 /* the flow's own expired entry */
 #define RANK_VACANT 1
-#define RANK_NEW 2		/* and up: the older, the lower */
+#define RANK_NEW 2 /* and up: the older, the lower */
 #define RANK_KEEP 0xffffff
 #define SURVEY_RANK_SHIFT 16
 #define SURVEY_USED_SHIFT 8
@@ -287,7 +289,8 @@ OWN_FUNCTION int look_again(struct bucket *first, struct bucket *second, struct 
 		struct flow *f = place_of(first, second, place);
 		__u64 w = READ_ONCE(f->word);
 
-		if (rival(w, in) && (word_state(w) == FLOW_BUSY || entry_holds(f, in->identity, &w)))
+		if (rival(w, in) &&
+		    (word_state(w) == FLOW_BUSY || entry_holds(f, in->identity, &w)))
 			return follow(in, w);
 	}
 	return otherwise;
@@ -398,7 +401,8 @@ ALWAYS_INLINE __u64 refreshed(__u64 word, __u32 now)
 
 	if (silent < 1 || (state == FLOW_NEW && silent < 2))
 		return word;
-	return make_word(word_slot(word), word_incarnation(word), FLOW_ESTABLISHED, now, word_tag(word));
+	return make_word(word_slot(word), word_incarnation(word), FLOW_ESTABLISHED, now,
+			 word_tag(word));
 }
 
 /* expired reports whether a flow was silent for longer than its state allows. */

@@ -12,11 +12,11 @@
 
 #define RPSEL_ABI 1
 
-#define RPSEL_SLOTS 4096	 /* listeners of one group, at most */
-#define RPSEL_BUCKET 8		 /* entries of one bucket: two cache lines */
-#define RPSEL_FIRST_BUCKET 6	 /* entries of the first bucket used before the second */
-#define RPSEL_NO_SLOT 0xffff	 /* an entry of the pick table with no listener */
-#define RPSEL_FREEZE_SECONDS 10	 /* a killed upgrade thaws by itself after this */
+#define RPSEL_SLOTS 4096	/* listeners of one group, at most */
+#define RPSEL_BUCKET 8		/* entries of one bucket: two cache lines */
+#define RPSEL_FIRST_BUCKET 6	/* entries of the first bucket used before the second */
+#define RPSEL_NO_SLOT 0xffff	/* an entry of the pick table with no listener */
+#define RPSEL_FREEZE_SECONDS 10 /* a killed upgrade thaws by itself after this */
 
 /* How far an entry of the flow table has come. A zeroed entry is empty. */
 enum flow_state {
@@ -103,19 +103,19 @@ struct live {
 
 /* Set by user space while the program runs. */
 struct config {
-	__u64 table;	     /* first << TABLE_FIRST_SHIFT | size */
-	__u32 abi;	     /* RPSEL_ABI */
-	__u32 frozen;	     /* second in which a freeze began, 1 << 31 set; 0: none */
-	__u32 settled;	     /* second from which joiners get new flows */
-	__u32 settling;	     /* 0: settled lies in the past */
-	__u32 idle;	     /* seconds an established flow may be silent */
-	__u32 idle_new;	     /* seconds a new flow may be silent */
-	__u32 policy;	     /* enum policy */
-	__u32 affinity;	     /* enum affinity: fixed while attached */
-	__u32 confirm;	     /* enum confirm: fixed while attached */
-	__u32 capacity;	     /* flows the table was sized for */
-	__u32 attached;	     /* second of the attach */
-	__u32 clock_mult;    /* as in the program: seconds = jiffies * clock_mult >> 32 */
+	__u64 table;	  /* first << TABLE_FIRST_SHIFT | size */
+	__u32 abi;	  /* RPSEL_ABI */
+	__u32 frozen;	  /* second in which a freeze began, 1 << 31 set; 0: none */
+	__u32 settled;	  /* second from which joiners get new flows */
+	__u32 settling;	  /* 0: settled lies in the past */
+	__u32 idle;	  /* seconds an established flow may be silent */
+	__u32 idle_new;	  /* seconds a new flow may be silent */
+	__u32 policy;	  /* enum policy */
+	__u32 affinity;	  /* enum affinity: fixed while attached */
+	__u32 confirm;	  /* enum confirm: fixed while attached */
+	__u32 capacity;	  /* flows the table was sized for */
+	__u32 attached;	  /* second of the attach */
+	__u32 clock_mult; /* as in the program: seconds = jiffies * clock_mult >> 32 */
 };
 
 #define FROZEN 0x80000000u

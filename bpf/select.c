@@ -252,7 +252,8 @@ static long take(struct bpf_map *map, const __u32 *key, struct live *l, struct s
  */
 #define LIVE_TRIES 4
 
-OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 draining, struct choice *c)
+OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 draining,
+			     struct choice *c)
 {
 	struct search s = {.ctx = ctx, .draining = draining};
 
@@ -286,8 +287,8 @@ ALWAYS_INLINE __u32 *pick_entry(__u32 index)
  * evenly from all that live, by the number of the entry: so its other flows get
  * the same answer at once, and each entry is searched for only once.
  */
-OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash, int settling,
-		      struct choice *c)
+OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash,
+		      int settling, struct choice *c)
 {
 	if (!cfg || !c)
 		return 0;
@@ -452,7 +453,8 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
 						       : second_bucket(identity, buckets);
 
-		describe(bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1)), client, port, now);
+		describe(bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1)), client, port,
+			 now);
 		result = insert_commit(first, second, &in);
 	}
 	if (result == INSERT_CLAIMED) {
