@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"slices"
 	"syscall"
+	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/maps"
@@ -35,6 +37,10 @@ type Plan struct {
 // settleRounds bounds how often Attach looks again whether a socket came or
 // went while it attached.
 const settleRounds = 5
+
+// releasePatience is how long Attach waits for the kernel to free a socket array
+// that nobody has any more, which takes it some milliseconds.
+const releasePatience = time.Second
 
 // Attach makes the reuseport group of conn sticky: it registers all members and
 // attaches the selection program. No flow moves. On a group that is attached
@@ -70,6 +76,13 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 		return nil, fmt.Errorf("attach %s: remove what a killed command left: %w", key, err)
 	}
 
+	if p.takeover() {
+		if err := fs.release(conn, o); err != nil {
+			fs.tidy(key.NetNS)
+			return nil, fmt.Errorf("%s: %w", key, err)
+		}
+	}
+
 	s, err := fs.open(key)
 	switch {
 	case errors.Is(err, ErrNotAttached):
@@ -100,8 +113,74 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 	return g, nil
 }
 
-// Plan checks what Attach would do with these options, and changes nothing.
+// Plan checks what Attach would do with these options, and changes nothing. It
+// waits for a command that is about to change the group, and removes what a
+// killed one left behind.
 func (fs FS) Plan(conn syscall.Conn, o Options) (Plan, error) {
+	p, err := fs.plan(conn, o)
+	if !p.inUse() && !errors.Is(err, ErrForeignProgram) {
+		return p, err
+	}
+	// Program or array may be of an rpsel whose state is not in place yet, or
+	// never will be.
+	if err := fs.Sweep(p.Key.NetNS); err != nil {
+		return Plan{}, err
+	}
+	for deadline := time.Now().Add(releasePatience); ; time.Sleep(5 * time.Millisecond) {
+		p, err = fs.plan(conn, o)
+		adopting := p.group.HasProgram && programName(p.group.Program) == sockets.AdoptProgram
+		switch {
+		case time.Now().Before(deadline) && (adopting || p.inUse() && !p.group.HasProgram):
+		case adopting && errors.Is(err, ErrForeignProgram):
+			if err := detachProgram(conn); err != nil {
+				return Plan{}, err
+			}
+			return fs.plan(conn, o)
+		default:
+			return p, err
+		}
+	}
+}
+
+// inUse tells that a member is in a socket array that is not the group's.
+func (p Plan) inUse() bool {
+	return slices.ContainsFunc(p.Skipped, func(u Unregistered) bool { return errors.Is(u.Reason, sockets.ErrInUse) })
+}
+
+// takeover tells that members to be registered are in the array of a program
+// that is to be replaced.
+func (p Plan) takeover() bool {
+	return slices.ContainsFunc(p.Register, func(m sockets.Socket) bool { return m.UserData == sockets.UserDataArray })
+}
+
+// release takes the program that is to be replaced off the group, and waits
+// until the kernel has freed the array that the program alone had kept: it is
+// of another tool, or of an rpsel whose bpffs is gone. If somebody else has the
+// array too, the program is put back.
+func (fs FS) release(conn syscall.Conn, o Options) error {
+	p, err := fs.plan(conn, o)
+	if err != nil || !p.takeover() {
+		return err
+	}
+	if err := detachProgram(conn); err != nil {
+		return err
+	}
+	program := p.group.Program
+	for deadline := time.Now().Add(releasePatience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if p, err = fs.plan(conn, Options{Partial: true}); err != nil || !p.inUse() {
+			return err
+		}
+	}
+	err = fmt.Errorf("%w: %w", ErrUnregistrable, p.Skipped[0].Reason)
+	old, openErr := ebpf.NewProgramFromID(ebpf.ProgramID(program))
+	if openErr != nil {
+		return err // gone, or not eBPF
+	}
+	defer old.Close()
+	return errors.Join(err, attachProgram(conn, old))
+}
+
+func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if _, err := o.withDefaults(); err != nil {
 		return Plan{}, err
 	}
@@ -130,10 +209,17 @@ func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 	if err != nil {
 		return p, err
 	}
+	// First who is registered, then who there is: one that closes in between
+	// would seem to be in another array.
+	registered := map[uint64]uint32{}
+	if s != nil {
+		if registered, err = s.registered(); err != nil {
+			return p, err
+		}
+	}
 	if p.group, err = findGroup(key, cookie); err != nil {
 		return p, err
 	}
-	registered := map[uint64]uint32{}
 	if s != nil {
 		own, err := s.RpselSelect.Info()
 		if err != nil {
@@ -141,19 +227,36 @@ func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 		}
 		id, _ := own.ID()
 		p.Attached = p.group.HasProgram && p.group.Program == uint32(id)
-		if registered, err = s.registered(); err != nil {
-			return p, err
+		if !p.Attached {
+			// One state serves one group.
+			other, err := liveGroup(key)
+			if err != nil {
+				return p, err
+			}
+			if other.HasProgram && other.Program == uint32(id) {
+				return p, fmt.Errorf("%s: %w: %s is in a second group of this address, since it bound beside a connected socket: restart it",
+					key, ErrUnregistrable, describe(p.group.Members[len(p.group.Members)-1]))
+			}
 		}
 	}
-	if p.group.HasProgram && !p.Attached && !o.Replace {
-		return p, fmt.Errorf("%s: %w (program id %d): detach the tool it belongs to, or take its place with --replace",
-			key, ErrForeignProgram, p.group.Program)
+	foreign := p.group.HasProgram && !p.Attached
+	if foreign && !o.Replace {
+		owner := "detach the tool it belongs to"
+		if ours(p.group.Program, nil) {
+			owner = "it is an rpsel's with its state elsewhere: name that with --bpffs"
+		}
+		return p, fmt.Errorf("%s: %w (program id %d): %s, or take its place with --replace",
+			key, ErrForeignProgram, p.group.Program, owner)
 	}
 	for _, m := range p.group.Members {
 		if _, ok := registered[m.Cookie]; ok {
 			continue
 		}
-		if err := m.Check(); err != nil {
+		free := m
+		if foreign && m.UserData == sockets.UserDataArray {
+			free.UserData = sockets.UserDataFree // once that program is gone
+		}
+		if err := free.Check(); err != nil {
 			p.Skipped = append(p.Skipped, Unregistered{m, err})
 		} else {
 			p.Register = append(p.Register, m)
@@ -213,10 +316,10 @@ func (fs FS) attachNew(key Key, conn syscall.Conn, o Options) (_ *Group, err err
 	if err := fs.publish(key, s); err != nil {
 		return nil, err
 	}
-	if err := g.attachProgram(conn); err != nil {
+	if err := attachProgram(conn, g.state.RpselSelect); err != nil {
 		return nil, err
 	}
-	if err := g.settle(conn, o); err != nil {
+	if err := g.settle(conn, p, o); err != nil {
 		return nil, errors.Join(err, detachProgram(conn))
 	}
 	return g, nil
@@ -238,6 +341,10 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	}
 	if p.Attached {
 		if given.Settle != 0 {
+			// If it has settled, what it has settled to is what stays.
+			if err := g.state.redeal(now); err != nil {
+				return err
+			}
 			g.state.config.Settle(now, settledAt(now, o.Settle))
 		}
 		return g.join(p.Register, now)
@@ -248,10 +355,10 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	if err := g.followKernel(p); err != nil {
 		return err
 	}
-	if err := g.attachProgram(conn); err != nil {
+	if err := attachProgram(conn, g.state.RpselSelect); err != nil {
 		return err
 	}
-	return g.settle(conn, o)
+	return g.settle(conn, p, o)
 }
 
 // followKernel registers all members and makes the program pick as the kernel
@@ -279,41 +386,32 @@ func (g *Group) followKernel(p Plan) error {
 	return g.state.deal(now, maps.KernelTable(order, g.state.picks.Limit()))
 }
 
-// settle looks again until no socket came or went behind its back: what the
-// kernel's order was when the program took over is what counts.
-func (g *Group) settle(conn syscall.Conn, o Options) error {
-	before, err := g.state.registered()
-	if err != nil {
-		return err
-	}
+// settle looks again until no socket came or went behind its back since the
+// plan: what the kernel's order was when the program took over is what counts.
+func (g *Group) settle(conn syscall.Conn, planned Plan, o Options) error {
 	for range settleRounds {
 		p, err := makePlan(g.key, conn, g.state, o)
 		if err != nil {
 			return err
 		}
-		now, err := g.state.registered()
-		if err != nil {
-			return err
-		}
-		if len(p.Register) == 0 && len(now) == len(before) {
+		same := func(a, b sockets.Socket) bool { return a.Cookie == b.Cookie }
+		if slices.EqualFunc(p.group.Members, planned.group.Members, same) {
 			return nil
 		}
 		if err := g.followKernel(p); err != nil {
 			return err
 		}
-		if before, err = g.state.registered(); err != nil {
-			return err
-		}
+		planned = p
 	}
 	return nil
 }
 
-// attachProgram makes the program pick for conn's whole group. The kernel
+// attachProgram makes a program pick for conn's whole group. The kernel
 // replaces atomically what was there (net/core/sock_reuseport.c
 // reuseport_attach_prog), and keeps the program as long as the group lives.
-func (g *Group) attachProgram(conn syscall.Conn) error {
+func attachProgram(conn syscall.Conn, program *ebpf.Program) error {
 	return control(conn, func(fd int) error {
-		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF, g.state.RpselSelect.FD())
+		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF, program.FD())
 		switch {
 		case err == nil:
 			return nil

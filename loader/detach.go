@@ -23,7 +23,8 @@ type Detached struct {
 // Detach takes the program off a group and removes its state: from then on the
 // kernel's hash picks. It works when half of the state, or the group, is gone.
 //
-// Errors: ErrNotAttached, ErrLocked, ErrPermission.
+// Errors: ErrNotAttached, ErrLocked, ErrPermission, ErrNoBPFFS, and
+// sockets.ErrUnseen if the group cannot be seen from this pid namespace.
 func (fs FS) Detach(key Key) (Detached, error) {
 	d := Detached{Key: key}
 	l, err := fs.lock(key.NetNS)
@@ -42,22 +43,28 @@ func (fs FS) Detach(key Key) (Detached, error) {
 	if errors.Is(err, ErrNotAttached) || errors.Is(err, ErrPermission) {
 		return d, err
 	}
-	if err == nil {
+	if s != nil {
 		defer s.close()
+	}
+	live, err := liveGroup(key)
+	if err != nil {
+		return d, err
+	}
+	if s != nil {
 		registered, err := s.registered()
 		if err != nil {
 			return d, err
 		}
 		d.Listeners = len(registered)
+		if d.Listeners > 0 && live.Kernel == 0 {
+			// The program would stay, with no state to say whose it is.
+			return d, fmt.Errorf("detach %s: %w", key, sockets.ErrUnseen)
+		}
 		if d.Flows, _, err = (&Group{fs: fs, key: key, state: s}).CountFlows(); err != nil {
 			return d, err
 		}
 	} // else: what cannot be read cannot be told, but can be removed
 
-	live, err := liveGroup(key)
-	if err != nil {
-		return d, err
-	}
 	if live.HasProgram && ours(live.Program, s) {
 		if err := detachFrom(live); err != nil {
 			return d, fmt.Errorf("detach %s: %w", key, err)
@@ -83,13 +90,21 @@ func ours(id uint32, s *state) bool {
 		own, ok := info.ID()
 		return ok && uint32(own) == id
 	}
+	return programName(id) == bpf.SelectProgRpselSelect
+}
+
+// programName names a program, or nothing: asking needs CAP_SYS_ADMIN.
+func programName(id uint32) string {
 	p, err := ebpf.NewProgramFromID(ebpf.ProgramID(id))
 	if err != nil {
-		return false
+		return ""
 	}
 	defer p.Close()
 	info, err := p.Info()
-	return err == nil && info.Name == bpf.SelectProgRpselSelect
+	if err != nil {
+		return ""
+	}
+	return info.Name
 }
 
 // detachFrom takes the program off through any member that can be borrowed.

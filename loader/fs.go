@@ -102,6 +102,16 @@ func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS),
 // mounted reports whether there is a bpffs.
 func (fs FS) mounted() bool { return isBPFFS(fs.mount()) }
 
+// writable refuses a bpffs that is mounted read-only. Not even reading works
+// there: maps cannot be opened without writing permission.
+func (fs FS) writable() error {
+	var stat unix.Statfs_t
+	if unix.Statfs(fs.mount(), &stat) == nil && stat.Flags&unix.ST_RDONLY != 0 {
+		return fmt.Errorf("%w that can be written on %s: mount -o remount,rw it, or name another with --bpffs", ErrNoBPFFS, fs.mount())
+	}
+	return nil
+}
+
 // prepare mounts the bpffs if it is missing, and makes the directory of the
 // namespace.
 func (fs FS) prepare(netns uint64) error {
@@ -109,6 +119,9 @@ func (fs FS) prepare(netns uint64) error {
 		if err := fs.mountBPFFS(); err != nil {
 			return err
 		}
+	}
+	if err := fs.writable(); err != nil {
+		return err
 	}
 	for _, dir := range []string{fs.root(), fs.netnsDir(netns)} {
 		if err := os.Mkdir(dir, dirMode); err != nil && !errors.Is(err, os.ErrExist) {
@@ -122,7 +135,8 @@ func (fs FS) prepare(netns uint64) error {
 }
 
 // mountBPFFS mounts a BPF file system where one is looked for. The directory is
-// made if it is missing, but not its parents.
+// made if it is missing, but not its parents. What is in a directory would be
+// hidden by the mount.
 func (fs FS) mountBPFFS() error {
 	if fs == "" && len(ancestorRoots()) > 0 {
 		// Mounted here, it would go with this command, and the state with it.
@@ -132,6 +146,9 @@ func (fs FS) mountBPFFS() error {
 	madeErr := os.Mkdir(fs.mount(), 0o755)
 	if madeErr != nil && !errors.Is(madeErr, os.ErrExist) {
 		return fmt.Errorf("%w: %v: name another place with --bpffs", ErrNoBPFFS, madeErr)
+	}
+	if entries, err := os.ReadDir(fs.mount()); err == nil && len(entries) > 0 {
+		return fmt.Errorf("%w on %s: it is a directory with other files: name an empty one with --bpffs", ErrNoBPFFS, fs.mount())
 	}
 	err := unix.Mount("bpf", fs.mount(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
 	if err == nil {
@@ -255,6 +272,9 @@ type lock struct {
 
 // lock waits for at most lockPatience. The directory must exist.
 func (fs FS) lock(netns uint64) (*lock, error) {
+	if err := fs.writable(); err != nil {
+		return nil, err
+	}
 	path := fs.netnsDir(netns)
 	deadline := time.Now().Add(lockPatience)
 	for {
@@ -352,6 +372,27 @@ func (fs FS) sweepAside(netns uint64) error {
 		}
 	}
 	return nil
+}
+
+// Sweep removes what killed commands left behind in a network namespace, given
+// by its cookie. It waits for a command that is at work there.
+//
+// Errors: ErrLocked, ErrPermission, ErrNoBPFFS.
+func (fs FS) Sweep(netns uint64) error {
+	l, err := fs.lock(netns)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("read rpsel state: %w: run as root", ErrPermission)
+	}
+	if err != nil {
+		return err
+	}
+	defer l.unlock()
+	err = fs.sweepAside(netns)
+	fs.tidy(netns)
+	return err
 }
 
 // tidy removes directories that hold nothing any more. The caller has the lock.

@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -282,6 +283,10 @@ func (s *state) repair(now uint32) error {
 		return err
 	}
 	_, after := s.picks.Load()
+	var shares [maps.NoSlot + 1]bool
+	for _, slot := range after {
+		shares[slot] = true
+	}
 	var late []uint32
 	changed := false
 	for slot, record := range records {
@@ -304,7 +309,7 @@ func (s *state) repair(now uint32) error {
 			}
 			changed = true
 		case cookie == 0:
-		case state <= maps.SlotJoining, state == maps.SlotActive && !slices.Contains(after, uint16(slot)):
+		case state <= maps.SlotJoining, state == maps.SlotActive && !shares[slot]:
 			late = append(late, slot)
 		}
 	}
@@ -322,7 +327,7 @@ func (s *state) repair(now uint32) error {
 // longest, or one that was never used. Flows of the dead one are told from the
 // new one's by the incarnation.
 func vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
-	best, longest := uint32(maps.NoSlot), int32(-1)
+	best, longest := uint32(maps.NoSlot), int32(math.MinInt32) // the clock may have wrapped
 	for slot, record := range records {
 		if record.Dead == 0 {
 			continue
@@ -344,9 +349,9 @@ func vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
 }
 
 // seat puts a socket into a slot, without a share yet. Each step leaves a state
-// that repair completes or takes back: first the record, then the number by
+// that repair completes or takes back: first the state, then the number by
 // which the flows of the slot's last listener are none of the new one's, then
-// the socket. It keeps records, those of all slots, up to date.
+// the record, then the socket. It keeps records, those of all slots, up to date.
 func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records map[uint32]maps.Listener) (uint32, error) {
 	slot, err := vacancy(records, now)
 	if err != nil {

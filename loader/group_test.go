@@ -181,7 +181,7 @@ func TestCloseAndJoin(t *testing.T) {
 func TestOrphansAreSpread(t *testing.T) {
 	for _, n := range []int{2, 3, 4, 8} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			const flows = 8000
+			const flows = 20000
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
 			clients := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")
@@ -217,7 +217,7 @@ func TestOrphansAreSpread(t *testing.T) {
 func TestManyDie(t *testing.T) {
 	for _, c := range []struct{ n, dead int }{{8, 4}, {8, 7}, {16, 8}, {16, 14}, {64, 56}} {
 		t.Run(fmt.Sprintf("%d of %d", c.dead, c.n), func(t *testing.T) {
-			const flows = 20000
+			const flows = 24000
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, c.n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
 			tracked := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")

@@ -82,7 +82,8 @@ type Options struct {
 	// or have SO_INCOMING_CPU set. Those members lose their share, and existing
 	// flows may move.
 	Partial bool
-	// Replace takes the place of another selection program on the group.
+	// Replace takes the place of another selection program on the group, also
+	// if that alone keeps a socket array with the group's sockets. Flows move.
 	Replace bool
 }
 

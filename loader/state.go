@@ -220,15 +220,33 @@ func (fs FS) publish(key Key, s *state) error {
 	return nil
 }
 
-// open opens the pinned state of a group.
-func (fs FS) open(key Key) (_ *state, err error) {
-	dir := fs.groupDir(key)
-	if _, err := os.Stat(dir); err != nil {
-		if errors.Is(err, os.ErrPermission) {
-			return nil, fmt.Errorf("%s: %w: run as root", key, ErrPermission)
-		}
-		return nil, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
+// open opens the pinned state of a group. It needs no lock: if the group is
+// detached meanwhile, and perhaps attached anew, it looks again.
+func (fs FS) open(key Key) (*state, error) {
+	if err := fs.writable(); err != nil {
+		return nil, err
 	}
+	dir := fs.groupDir(key)
+	for {
+		before, err := os.Stat(dir)
+		if err != nil {
+			if errors.Is(err, os.ErrPermission) {
+				return nil, fmt.Errorf("%s: %w: run as root", key, ErrPermission)
+			}
+			return nil, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
+		}
+		s, err := openPins(key, dir)
+		if after, statErr := os.Stat(dir); statErr == nil && os.SameFile(before, after) {
+			return s, err
+		}
+		if err == nil {
+			s.close()
+		}
+	}
+}
+
+// openPins opens what is pinned in a group's directory.
+func openPins(key Key, dir string) (_ *state, err error) {
 	spec, err := bpf.LoadSelect()
 	if err != nil {
 		return nil, err

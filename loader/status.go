@@ -27,7 +27,9 @@ type Listener struct {
 	PID     int
 	Command string
 	// State is "active", "draining" or "dead".
-	State      string
+	State string
+	// Weight is its share of new flows, relative to the others'; 0 while it
+	// drains.
 	Weight     int
 	Generation int
 	// Flows is how many tracked flows it has.
@@ -149,7 +151,7 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 		switch state := s.listeners.State(slot); {
 		case cookie == 0:
 		case state == maps.SlotDraining:
-			l.State = "draining"
+			l.State, l.Weight = "draining", 0
 			draining++
 		default:
 			l.State = "active"

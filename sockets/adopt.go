@@ -36,6 +36,10 @@ func (a Adoption) Undo(conn syscall.Conn) error {
 	})
 }
 
+// AdoptProgram names the program that Adopt attaches for a moment. One that stays
+// is of a process that was killed meanwhile.
+const AdoptProgram = "rpsel_adopt"
+
 // Adopt makes a reuseport group, with one member, of a live UDP socket or TCP
 // listener that was bound without SO_REUSEPORT. The server need not know. It
 // borrows conn, usually one that Take gave. A socket that is in a group
@@ -125,7 +129,7 @@ func makeGroup(fd int, key Key) (lost uint32, err error) {
 	}
 	// The server is the first in the group that is made for it.
 	first, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name:         "rpsel_adopt",
+		Name:         AdoptProgram,
 		Type:         ebpf.SocketFilter,
 		License:      "Dual MIT/GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},

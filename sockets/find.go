@@ -57,6 +57,12 @@ type Group struct {
 	IncomingCPU bool
 }
 
+// Connected reports whether every member has a peer, so that the group serves
+// nobody else.
+func (g Group) Connected() bool {
+	return !slices.ContainsFunc(g.Members, func(s Socket) bool { return !s.Connected.IsValid() })
+}
+
 // Socket is a UDP socket or TCP listener.
 type Socket struct {
 	// Cookie identifies the socket until the next boot (SO_COOKIE). It is 0
@@ -65,8 +71,9 @@ type Socket struct {
 	Cookie uint64
 	// Inode is the number in /proc/PID/fd/FD, 0 if unseen.
 	Inode uint64
-	// Holders are the descriptors of the socket, by pid and number; none if
-	// no process holds it that is visible in the caller's pid namespace.
+	// Holders are the descriptors of the socket, by pid and number, the
+	// caller's own last: it may have borrowed them. None if no process holds
+	// it that is visible in the caller's pid namespace.
 	Holders []Holder
 	// Reuseport tells that the socket is in a group and has SO_REUSEPORT on.
 	Reuseport bool
@@ -443,8 +450,18 @@ func socketOf(held []bpf.FindRecord) Socket {
 		comm, _, _ := bytes.Cut(h.Comm[:], []byte{0})
 		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: string(comm)})
 	}
-	slices.SortFunc(s.Holders, func(a, b Holder) int { return cmp.Or(cmp.Compare(a.PID, b.PID), cmp.Compare(a.FD, b.FD)) })
+	slices.SortFunc(s.Holders, func(a, b Holder) int {
+		return cmp.Or(cmp.Compare(own(a), own(b)), cmp.Compare(a.PID, b.PID), cmp.Compare(a.FD, b.FD))
+	})
 	return s
+}
+
+// own is 1 for a descriptor of this process, which may have borrowed it.
+func own(h Holder) int {
+	if h.PID == os.Getpid() {
+		return 1
+	}
+	return 0
 }
 
 // userData reads the low bits of sk_user_data (include/net/sock.h

@@ -49,7 +49,7 @@ func openNetNS(path string) (*NetNS, error) {
 	// O_NONBLOCK: the path may name a FIFO.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ESRCH):
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ESRCH), errors.Is(err, unix.ENAMETOOLONG):
 		return nil, ErrNoNetNS
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return nil, permission("open", capPtrace)

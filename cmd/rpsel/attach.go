@@ -146,9 +146,7 @@ func (s *scope) find() ([]sockets.Group, error) {
 		}
 		return nil, notFound("%s: no visible process has a socket there: %s lists what listens", s, look)
 	}
-	serving := slices.DeleteFunc(slices.Clone(groups), func(g sockets.Group) bool {
-		return g.Kernel == 0 && g.Members[0].Connected.IsValid()
-	})
+	serving := slices.DeleteFunc(slices.Clone(groups), sockets.Group.Connected)
 	if len(serving) > 0 {
 		groups = serving
 	}

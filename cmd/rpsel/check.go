@@ -31,8 +31,8 @@ else that of the first thing in its way (4 or 5). Nothing is changed.`,
   rpsel check --port 1194 -j`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if c.port == 0 && (c.proto != 0 || c.addr.IsValid()) {
-				return usageError("--proto and --addr need --port: use a number from 1 to 65535")
+			if c.port == 0 && (c.proto != 0 || c.addr.IsValid() || c.netns != "") {
+				return usageError("--proto, --addr and --netns need --port: use a number from 1 to 65535")
 			}
 			c.machine()
 			if c.port != 0 {
@@ -135,7 +135,6 @@ func (c *checker) machine() {
 	c.bpffs()
 	c.jit()
 	c.cgroup2(kernel)
-	c.note("bpf_timer", "upkeep while no process of rpsel runs", kernel.atLeast(5, 15), "Linux 5.15 or later")
 	c.note("SO_REUSEADDR in bind hooks", "run --reuseaddr", kernel.atLeast(6, 1), "Linux 6.1 or later")
 }
 
@@ -153,6 +152,8 @@ func (c *checker) capabilities() {
 		c.need("capabilities", false, exitFailed, "capget: %v", err)
 		return
 	}
+	has := func(bit uint) bool { return have[bit/32].Effective&(1<<(bit%32)) != 0 }
+	c.admin = has(unix.CAP_SYS_ADMIN)
 	for _, capability := range []struct {
 		name, neededFor string
 		bit             uint
@@ -163,10 +164,12 @@ func (c *checker) capabilities() {
 		{"CAP_NET_ADMIN", "run, attach --adopt --proto tcp", unix.CAP_NET_ADMIN},
 		{"CAP_SYS_ADMIN", "mounting a bpffs, other namespaces, demo", unix.CAP_SYS_ADMIN},
 	} {
-		ok := have[capability.bit/32].Effective&(1<<(capability.bit%32)) != 0
-		c.admin = ok && capability.bit == unix.CAP_SYS_ADMIN
-		detail := "in effect"
-		if !ok {
+		ok, detail := has(capability.bit), "in effect"
+		switch {
+		case ok:
+		case c.admin && (capability.bit == unix.CAP_BPF || capability.bit == unix.CAP_PERFMON):
+			ok, detail = true, "in effect by CAP_SYS_ADMIN" // include/linux/capability.h bpf_capable
+		default:
 			detail = "missing: run as root"
 		}
 		if capability.neededFor == "attach" {
@@ -210,6 +213,10 @@ func (c *checker) bpffs() {
 	err := unix.Statfs(mount, &stat)
 	switch {
 	case err == nil && stat.Type == unix.BPF_FS_MAGIC:
+		if stat.Flags&unix.ST_RDONLY != 0 {
+			c.need("bpffs", false, exitUnsupported, "%s is mounted read-only: mount -o remount,rw it, or name another with --bpffs", mount)
+			return
+		}
 		if err := unix.Access(mount, unix.W_OK); err != nil {
 			c.need("bpffs", false, exitPermission, "%s: %v: run as root", mount, err)
 			return

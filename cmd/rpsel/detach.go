@@ -30,6 +30,11 @@ then have another listener.`,
 			if err != nil {
 				return err
 			}
+			if !dryRun {
+				if err := s.fs().Sweep(netns); err != nil {
+					return err
+				}
+			}
 			keys, err := s.keys(netns)
 			if err != nil {
 				return err

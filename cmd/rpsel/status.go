@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 func newStatusCmd(e *env) *cobra.Command {
@@ -64,6 +65,8 @@ func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool)
 		}
 		switch {
 		case status.Attached:
+		case alive(status) && status.NetNSInode == 0:
+			e.warn("%s: whether its program is attached cannot be told: %v", name, sockets.ErrUnseen)
 		case alive(status):
 			e.warn(`%s: its program is not attached, the kernel's hash picks: "rpsel attach" attaches it again`, name)
 		default:
