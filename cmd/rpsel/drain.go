@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/maps"
+)
+
+// target chooses listeners: a process's in every group, or one slot.
+type target struct {
+	scope
+	pid  int // 0: not given
+	slot int // -1: not given
+}
+
+func (t *target) addFlags(cmd *cobra.Command) {
+	t.addGroupFlags(cmd)
+	t.slot = -1
+	cmd.Flags().Var(numberValue{&t.pid, 1, maxPID}, "pid", "the listeners of this process")
+	cmd.Flags().Var(numberValue{&t.slot, 0, maps.Slots - 1}, "slot", "the listener in this `SLOT`")
+	t.addBPFFSFlag(cmd)
+}
+
+// chosen is a listener to act on.
+type chosen struct {
+	group *loader.Group
+	loader.Listener
+}
+
+func (c chosen) name(s *scope) string {
+	return fmt.Sprintf("%s slot %d, %s (pid %d)", s.groupName(c.group.Key()), c.Slot, c.Command, c.PID)
+}
+
+// find opens the groups and finds the listeners, dead ones left out. The caller
+// closes the groups.
+func (t *target) find(cmd *cobra.Command) (groups []*loader.Group, _ []chosen, err error) {
+	if err := t.needPort(cmd); err != nil {
+		return nil, nil, err
+	}
+	if (t.pid == 0) == (t.slot < 0) {
+		return nil, nil, usageError("%s needs one of --pid PID and --slot SLOT", cmd.CommandPath())
+	}
+	if groups, err = t.open(); err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			closeAll(groups)
+		}
+	}()
+	list, err := statuses(groups)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := (flowFilter{slot: t.slot, pid: t.pid}).check(list); err != nil {
+		return nil, nil, err
+	}
+	var found []chosen
+	for i, status := range list {
+		for _, l := range status.Listeners {
+			if l.State != "dead" && (l.Slot == t.slot || l.PID == t.pid) {
+				found = append(found, chosen{groups[i], l})
+			}
+		}
+	}
+	if len(found) == 0 {
+		return nil, nil, notFound(`%s: the listener is dead: "rpsel status" lists those that are not`, &t.scope)
+	}
+	return groups, found, nil
+}
+
+// drainPoll is how often --wait looks. Flows end by the clock, in whole
+// seconds, and nothing tells when.
+const drainPoll = 250 * time.Millisecond
+
+func newDrainCmd(e *env) *cobra.Command {
+	var t target
+	var wait bool
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:   "drain --port PORT {--pid PID | --slot SLOT}",
+		Short: "End new flows for a listener",
+		Long: `End new flows for a listener. It keeps the flows it has until they go idle, and
+gets new ones only when every other listener drains too. With --wait the command
+returns when the last flow is idle, or the listener is gone.`,
+		Example: `  rpsel drain --port 1194 --slot 0
+  rpsel drain --port 1194 --slot 0 --wait --timeout 1h`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("timeout") && !wait {
+				return usageError("--timeout goes with --wait")
+			}
+			groups, listeners, err := t.find(cmd)
+			if err != nil {
+				return err
+			}
+			defer closeAll(groups)
+			for _, l := range listeners {
+				if err := l.group.Drain(l.Slot); err != nil {
+					return err
+				}
+				e.say("%s: %s, %s", l.name(&t.scope), already(l.State == "draining", "draining"), plural(l.Flows, "flow"))
+			}
+			if err := warnAllDraining(e, &t.scope, groups); err != nil || !wait {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+			defer stop()
+			if timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, timeout)
+				defer cancel()
+			}
+			return waitDrained(ctx, e, &t.scope, listeners)
+		},
+	}
+	t.addFlags(cmd)
+	cmd.Flags().BoolVar(&wait, "wait", false, "return when its last flow is idle, or the listener is gone")
+	cmd.Flags().Var(durationValue{&timeout, time.Millisecond, loader.MaxIdle}, "timeout", "give up waiting after this `DURATION`, with exit code 6 (default: never)")
+	addQuietFlag(cmd, e)
+	return cmd
+}
+
+// already says that something is so, or was before.
+func already(before bool, state string) string {
+	if before {
+		return state + " already"
+	}
+	return state
+}
+
+func warnAllDraining(e *env, s *scope, groups []*loader.Group) error {
+	list, err := statuses(groups)
+	for _, status := range list {
+		if status.AllDraining {
+			e.warn("%s: every listener drains: new flows go to them all the same", s.groupName(status.Key))
+		}
+	}
+	return err
+}
+
+// waitDrained waits until none of the listeners has a flow.
+func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) error {
+	tick := time.NewTicker(drainPoll)
+	defer tick.Stop()
+	last := -1
+	for {
+		left := 0
+		for _, l := range listeners {
+			status, err := l.group.Status()
+			if err != nil {
+				return err
+			}
+			if now, ok := listenerIn(status, l.Slot); ok && now.Cookie == l.Cookie && now.State != "dead" {
+				left += now.Flows
+			}
+		}
+		if left == 0 {
+			return nil
+		}
+		if left != last {
+			e.say("%s left", plural(left, "flow"))
+			last = left
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return &codedError{exitTimeout, fmt.Errorf("%s: %s left after --timeout: the listener drains on, wait again", s, plural(left, "flow"))}
+			}
+			return fmt.Errorf("%s: interrupted with %s left: the listener drains on", s, plural(left, "flow"))
+		}
+	}
+}
+
+func newResumeCmd(e *env) *cobra.Command {
+	var t target
+	cmd := &cobra.Command{
+		Use:     "resume --port PORT {--pid PID | --slot SLOT}",
+		Short:   "Give a draining listener new flows again",
+		Long:    `Give a draining listener its share of new flows again. No existing flow moves.`,
+		Example: `  rpsel resume --port 1194 --slot 0`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			groups, listeners, err := t.find(cmd)
+			if err != nil {
+				return err
+			}
+			defer closeAll(groups)
+			for _, l := range listeners {
+				if err := l.group.Resume(l.Slot); err != nil {
+					return err
+				}
+				e.say("%s: %s", l.name(&t.scope), already(l.State == "active", "active"))
+			}
+			return nil
+		},
+	}
+	t.addFlags(cmd)
+	addQuietFlag(cmd, e)
+	return cmd
+}
