@@ -25,43 +25,43 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#define AF_INET		2
-#define IPPROTO_TCP	6
-#define IPPROTO_UDP	17
+#define AF_INET 2
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
 
 /* As in asm-generic/socket.h. */
-#define SOL_SOCKET	1
-#define SO_REUSEADDR	2
-#define SO_REUSEPORT	15
-#define SO_BINDTODEVICE	25
+#define SOL_SOCKET 1
+#define SO_REUSEADDR 2
+#define SO_REUSEPORT 15
+#define SO_BINDTODEVICE 25
 
-#define LEAVE		-1
-#define IFNAMSIZ	16
+#define LEAVE -1
+#define IFNAMSIZ 16
 
-#define RING_SIZE	(256 * 1024) /* some 3600 reports */
+#define RING_SIZE (256 * 1024) /* some 3600 reports */
 
 /* Which binds match. An IPv4 address is in its IPv6 form, ::ffff:a.b.c.d. */
-const volatile __u16 match_port;		/* 0: every port but 0 */
-const volatile __u8 match_protocol;		/* 0: UDP and TCP */
+const volatile __u16 match_port;    /* 0: every port but 0 */
+const volatile __u8 match_protocol; /* 0: UDP and TCP */
 const volatile bool match_addr;
 const volatile __u32 addr_to_match[4];
 
 /* What is set on them. */
-const volatile int reuseport = LEAVE;		/* 0, 1 or LEAVE */
+const volatile int reuseport = LEAVE; /* 0, 1 or LEAVE */
 const volatile int reuseaddr = LEAVE;
-const volatile char device[IFNAMSIZ];		/* "": leave */
+const volatile char device[IFNAMSIZ]; /* "": leave */
 
-const volatile bool trace;			/* report each bind as well */
+const volatile bool trace; /* report each bind as well */
 
 struct event {
 	__u64 cookie;
-	__u32 pid;		/* who called bind(), in the initial pid namespace */
-	__s32 error;		/* of a bind: 0, or why the last option could not be set */
-	__u32 option;		/* of a bind: that option, SO_... */
+	__u32 pid;    /* who called bind(), in the initial pid namespace */
+	__s32 error;  /* of a bind: 0, or why the last option could not be set */
+	__u32 option; /* of a bind: that option, SO_... */
 	__u16 port;
 	__u8 protocol;
-	__u8 binding;		/* 1: about to bind; 0: bound (UDP) or listening (TCP) */
-	__u32 addr[4];		/* network order, IPv4 as ::ffff:a.b.c.d */
+	__u8 binding;  /* 1: about to bind; 0: bound (UDP) or listening (TCP) */
+	__u32 addr[4]; /* network order, IPv4 as ::ffff:a.b.c.d */
 	__u32 family;
 	__u8 command[16];
 	__u8 pad[4];
@@ -101,7 +101,8 @@ static __always_inline bool set_options(struct bpf_sock_addr *ctx, struct event 
 
 	if (device[0]) {
 		e->option = SO_BINDTODEVICE;
-		e->error = bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, (void *)device, sizeof(device));
+		e->error = bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, (void *)device,
+					  sizeof(device));
 		if (e->error)
 			return false;
 	}

@@ -44,6 +44,9 @@ made sticky is registered as soon as it is bound (UDP) or listens (TCP). Where
 that cannot be, "rpsel status" and --debug say why; a Go program's TCP listeners
 need GODEBUG=multipathtcp=0 in its environment.
 
+Signals that were ignored are handled as usual again, but for SIGHUP and SIGINT;
+where a program relies on it, start it by sh -c 'trap "" PIPE; exec COMMAND'.
+
 A bind for which an option cannot be set fails with EPERM. Members of a reuseport
 group have one user: give all of them the same --user.
 
@@ -190,67 +193,85 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 // registerAll registers the listeners that belong to an attached group, and
 // reports on those.
 func registerAll(fs loader.FS, events []force.Event, report func(force.Event, int, error)) {
-	type place struct {
-		proto sockets.Proto
-		port  uint16
-	}
+	r := registrar{fs: fs, found: map[place][]sockets.Group{}, opened: map[loader.Key]*loader.Group{}}
+	defer r.close()
 	keys, err := fs.Keys(0)
-	found := map[place][]sockets.Group{}
 	for _, event := range events {
-		if err == nil && !slices.ContainsFunc(keys, func(k loader.Key) bool {
-			return k.Proto == event.Proto && k.Addr == event.Addr
-		}) {
-			continue
-		}
-		at := place{event.Proto, event.Addr.Port()}
-		if _, ok := found[at]; !ok && err == nil {
-			found[at], err = sockets.Find(sockets.Query{Proto: at.proto, Port: at.port})
-		}
+		attached := func(k loader.Key) bool { return k.Proto == event.Proto && k.Addr == event.Addr }
 		if err != nil {
 			report(event, 0, err)
-			continue
-		}
-		slot, err := register(fs, event, found[at])
-		if !errors.Is(err, loader.ErrNotAttached) {
-			report(event, slot, err)
+		} else if slices.ContainsFunc(keys, attached) {
+			slot, err := r.register(event)
+			if !errors.Is(err, loader.ErrNotAttached) {
+				report(event, slot, err)
+			}
 		}
 	}
 }
 
-// register registers one listener, which is in one of the groups.
-func register(fs loader.FS, event force.Event, groups []sockets.Group) (slot int, err error) {
-	for _, g := range groups {
-		i := slices.IndexFunc(g.Members, func(m sockets.Socket) bool { return m.Cookie == event.Cookie })
-		if i < 0 {
-			continue
-		}
-		group, err := fs.Open(g.Key)
-		if err != nil {
-			return 0, err
-		}
-		defer group.Close()
-		if err := g.Members[i].Check(); err != nil && !errors.Is(err, sockets.ErrInUse) {
-			return 0, err
-		}
-		err = sockets.ErrUnseen
-		for _, h := range g.Members[i].Holders {
-			conn, takeErr := sockets.Take(h, event.Cookie)
-			if err = takeErr; err == nil {
-				defer conn.Close()
-				return group.Register(conn)
-			}
-		}
+// registrar registers listeners that came at the same time.
+type registrar struct {
+	fs     loader.FS
+	found  map[place][]sockets.Group
+	opened map[loader.Key]*loader.Group
+}
+
+// place is where to look for sockets.
+type place struct {
+	proto sockets.Proto
+	port  uint16
+}
+
+func (r *registrar) close() {
+	for _, group := range r.opened {
+		group.Close()
+	}
+}
+
+// register registers one listener.
+func (r *registrar) register(event force.Event) (slot int, err error) {
+	group, socket, err := r.find(event)
+	if err != nil {
 		return 0, err
 	}
-	// The cookie of an MPTCP listener is not the one that was reported.
-	for _, g := range groups {
+	if r.opened[group.Key] == nil {
+		if r.opened[group.Key], err = r.fs.Open(group.Key); err != nil {
+			delete(r.opened, group.Key)
+			return 0, err
+		}
+	}
+	// One in use may be registered already, and Register knows by whom.
+	if err := socket.Check(); err != nil && !errors.Is(err, sockets.ErrInUse) {
+		return 0, err
+	}
+	for _, h := range socket.Holders {
+		var conn *sockets.Conn
+		if conn, err = sockets.Take(h, socket.Cookie); err == nil {
+			defer conn.Close()
+			return r.opened[group.Key].Register(conn)
+		}
+	}
+	return 0, err
+}
+
+// find finds a listener and its group.
+func (r *registrar) find(event force.Event) (group sockets.Group, socket sockets.Socket, err error) {
+	at := place{event.Proto, event.Addr.Port()}
+	if _, ok := r.found[at]; !ok {
+		if r.found[at], err = sockets.Find(sockets.Query{Proto: at.proto, Port: at.port}); err != nil {
+			return group, socket, err
+		}
+	}
+	for _, g := range r.found[at] {
 		for _, m := range g.Members {
-			if m.MPTCP && g.Addr == event.Addr {
-				return 0, m.Check()
+			// The cookie of an MPTCP listener is not the one that was reported.
+			byPID := func(h sockets.Holder) bool { return h.PID == event.PID }
+			if m.Cookie == event.Cookie || m.MPTCP && g.Addr == event.Addr && slices.ContainsFunc(m.Holders, byPID) {
+				return g, m, nil
 			}
 		}
 	}
-	return 0, fmt.Errorf("%w: it was closed", sockets.ErrGone)
+	return group, socket, fmt.Errorf("%w: it was closed", sockets.ErrGone)
 }
 
 // bothValue is a flag that takes a protocol, or both.
