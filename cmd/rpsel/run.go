@@ -248,10 +248,33 @@ func (r *registrar) register(event force.Event) (slot int, err error) {
 		var conn *sockets.Conn
 		if conn, err = sockets.Take(h, socket.Cookie); err == nil {
 			defer conn.Close()
-			return r.opened[group.Key].Register(conn)
+			slot, err := r.opened[group.Key].Register(conn)
+			if errors.Is(err, loader.ErrNotAttached) {
+				return r.attachAgain(conn)
+			}
+			return slot, err
 		}
 	}
 	return 0, err
+}
+
+// attachAgain attaches the group of a listener that is the first after all the
+// group's sockets had closed, and the program with them. Like "rpsel attach" it
+// registers whatever else is there.
+func (r *registrar) attachAgain(conn *sockets.Conn) (slot int, err error) {
+	key, err := sockets.KeyOf(conn)
+	if err != nil {
+		return 0, err
+	}
+	if keys, err := r.fs.Keys(key.NetNS); err != nil || !slices.Contains(keys, key) {
+		return 0, errors.Join(loader.ErrNotAttached, err) // detached meanwhile
+	}
+	group, err := r.fs.Attach(conn, loader.Options{})
+	if err != nil {
+		return 0, err
+	}
+	defer group.Close()
+	return group.Register(conn)
 }
 
 // find finds a listener and its group.

@@ -159,6 +159,43 @@ func TestRunRegisters(t *testing.T) {
 	}
 }
 
+// The only server of an attached port comes back. The kernel's group had gone
+// with it, and the program with the group.
+func TestRunAttachesAgain(t *testing.T) {
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{
+		Network: "udp4", Addr: "127.0.0.1:1194",
+		Wrap: []string{buildCommand(t), "run", "--bpffs", bpffs, "--port", "1194", "--"},
+	}
+	only := testnet.StartServer(t, ns, options)
+	if code, _, talk := rpsel("attach", "--bpffs", bpffs, "--port", "1194", "-N", ns.Path(), "--settle", "1s"); code != exitDone {
+		t.Fatal(talk)
+	}
+	only.Kill()
+	testnet.StartServer(t, ns, options)
+	var status struct {
+		Groups []struct {
+			Attached  bool              `json:"attached"`
+			Listeners []json.RawMessage `json:"listeners"`
+		} `json:"groups"`
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		code, out, talk := rpsel("status", "--bpffs", bpffs, "--port", "1194", "-N", ns.Path(), "--json")
+		if code != exitDone {
+			t.Fatal(talk)
+		}
+		if err := json.Unmarshal([]byte(out), &status); err != nil {
+			t.Fatal(err)
+		}
+		if g := status.Groups[0]; g.Attached && len(g.Listeners) == 1 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not attached again: %s", out)
+		}
+	}
+}
+
 // What run says with --debug.
 func TestRunDebug(t *testing.T) {
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
