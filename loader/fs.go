@@ -10,9 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -36,61 +33,6 @@ const (
 	fileMode  = 0o600
 )
 
-// lockPatience is how long a command waits for another one. Tests are less
-// patient.
-var lockPatience = 10 * time.Second
-
-func (fs FS) mount() string {
-	if fs != "" {
-		return string(fs)
-	}
-	if !isBPFFS(string(DefaultFS)) {
-		for _, root := range ancestorRoots() {
-			if path := root + string(DefaultFS); isBPFFS(path) {
-				return path
-			}
-		}
-	}
-	return string(DefaultFS)
-}
-
-// ancestorRoots lists the root directories of those ancestors of this process
-// that live in another mount namespace, the nearest first.
-func ancestorRoots() []string {
-	own, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return nil
-	}
-	var roots []string
-	for pid := os.Getppid(); pid > 0; pid = parent(pid) {
-		proc := fmt.Sprintf("/proc/%d", pid)
-		if ns, err := os.Readlink(proc + "/ns/mnt"); err == nil && ns != own {
-			roots = append(roots, proc+"/root")
-		}
-	}
-	return roots
-}
-
-// parent returns the parent of a process, 0 if there is none to be seen.
-func parent(pid int) int {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
-	}
-	// The name in parentheses may hold anything, spaces and parentheses too.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	if len(fields) < 2 {
-		return 0
-	}
-	ppid, _ := strconv.Atoi(fields[1])
-	return ppid
-}
-
-func isBPFFS(path string) bool {
-	var stat unix.Statfs_t
-	return unix.Statfs(path, &stat) == nil && stat.Type == unix.BPF_FS_MAGIC
-}
-
 func (fs FS) root() string { return filepath.Join(fs.mount(), rootName) }
 
 func (fs FS) netnsDir(cookie uint64) string {
@@ -98,19 +40,6 @@ func (fs FS) netnsDir(cookie uint64) string {
 }
 
 func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS), dirName(k)) }
-
-// mounted reports whether there is a bpffs.
-func (fs FS) mounted() bool { return isBPFFS(fs.mount()) }
-
-// writable refuses a bpffs that is mounted read-only. Not even reading works
-// there: maps cannot be opened without writing permission.
-func (fs FS) writable() error {
-	var stat unix.Statfs_t
-	if unix.Statfs(fs.mount(), &stat) == nil && stat.Flags&unix.ST_RDONLY != 0 {
-		return fmt.Errorf("%w that can be written on %s: mount -o remount,rw it, or name another with --bpffs", ErrNoBPFFS, fs.mount())
-	}
-	return nil
-}
 
 // prepare mounts the bpffs if it is missing, and makes the directory of the
 // namespace.
@@ -132,35 +61,6 @@ func (fs FS) prepare(netns uint64) error {
 		}
 	}
 	return nil
-}
-
-// mountBPFFS mounts a BPF file system where one is looked for. The directory is
-// made if it is missing, but not its parents. What is in a directory would be
-// hidden by the mount.
-func (fs FS) mountBPFFS() error {
-	if fs == "" && len(ancestorRoots()) > 0 {
-		// Mounted here, it would go with this command, and the state with it.
-		return fmt.Errorf("%w on %s outside of this mount namespace: mount one there, or name the network namespace with -N instead of entering it",
-			ErrNoBPFFS, fs.mount())
-	}
-	madeErr := os.Mkdir(fs.mount(), 0o755)
-	if madeErr != nil && !errors.Is(madeErr, os.ErrExist) {
-		return fmt.Errorf("%w: %v: name another place with --bpffs", ErrNoBPFFS, madeErr)
-	}
-	if entries, err := os.ReadDir(fs.mount()); err == nil && len(entries) > 0 {
-		return fmt.Errorf("%w on %s: it is a directory with other files: name an empty one with --bpffs", ErrNoBPFFS, fs.mount())
-	}
-	err := unix.Mount("bpf", fs.mount(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
-	if err == nil {
-		return nil
-	}
-	if madeErr == nil {
-		os.Remove(fs.mount())
-	}
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("mount bpffs on %s: %w: CAP_SYS_ADMIN is missing, or mount it beforehand", fs.mount(), ErrPermission)
-	}
-	return fmt.Errorf("%w on %s: mount: %v: mount one and name it with --bpffs", ErrNoBPFFS, fs.mount(), err)
 }
 
 // dirName names the directory of a group. A bpffs takes no name with a dot in
@@ -263,98 +163,6 @@ func readDirError(err error) error {
 		return fmt.Errorf("read rpsel state: %w: run as root", ErrPermission)
 	}
 	return fmt.Errorf("read rpsel state: %w", err)
-}
-
-// lock takes the lock of a network namespace, for as long as one change takes.
-type lock struct {
-	dir *os.File
-}
-
-// lock waits for at most lockPatience. The directory must exist.
-func (fs FS) lock(netns uint64) (*lock, error) {
-	if err := fs.writable(); err != nil {
-		return nil, err
-	}
-	path := fs.netnsDir(netns)
-	deadline := time.Now().Add(lockPatience)
-	for {
-		dir, err := os.Open(path)
-		if err != nil {
-			return nil, err
-		}
-		err = flockUntil(dir, deadline)
-		if err != nil {
-			dir.Close()
-			return nil, err
-		}
-		held, err1 := dir.Stat()
-		now, err2 := os.Stat(path)
-		if err1 == nil && err2 == nil && os.SameFile(held, now) {
-			return &lock{dir}, nil
-		}
-		// The directory was replaced while we waited: the lock is worth nothing.
-		dir.Close()
-		if err1 != nil {
-			return nil, err1
-		}
-		if err2 != nil {
-			return nil, err2
-		}
-	}
-}
-
-func (l *lock) unlock() { l.dir.Close() }
-
-// lockNew is lock for a namespace whose directory may have to be made, or be
-// removed by a detach while it waits.
-func (fs FS) lockNew(netns uint64) (*lock, error) {
-	for {
-		if err := fs.prepare(netns); err != nil {
-			return nil, err
-		}
-		l, err := fs.lock(netns)
-		if !errors.Is(err, os.ErrNotExist) {
-			return l, err
-		}
-	}
-}
-
-// flockUntil polls, since flock(2) knows no deadline.
-func flockUntil(dir *os.File, deadline time.Time) error {
-	for {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		switch {
-		case err == nil:
-			return nil
-		case errors.Is(err, unix.EINTR):
-			continue
-		case !errors.Is(err, unix.EWOULDBLOCK):
-			return os.NewSyscallError("flock", err)
-		case time.Now().After(deadline):
-			return fmt.Errorf("%w: %s holds %s for more than %v: try again, or look what it waits for",
-				ErrLocked, lockHolder(dir), dir.Name(), lockPatience)
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-}
-
-// lockHolder names the process that has the directory locked (proc(5), locks).
-func lockHolder(dir *os.File) string {
-	var stat unix.Stat_t
-	table, err := os.ReadFile("/proc/locks")
-	if err != nil || unix.Fstat(int(dir.Fd()), &stat) != nil {
-		return "another process"
-	}
-	for line := range strings.Lines(string(table)) {
-		// 1: FLOCK  ADVISORY  WRITE 4711 00:1b:12345 0 EOF
-		f := strings.Fields(line)
-		if len(f) < 6 || f[1] != "FLOCK" || !strings.HasSuffix(f[5], ":"+strconv.FormatUint(stat.Ino, 10)) {
-			continue
-		}
-		command, _ := os.ReadFile("/proc/" + f[4] + "/comm")
-		return fmt.Sprintf("%s (pid %s)", strings.TrimSpace(string(command)), f[4])
-	}
-	return "another process"
 }
 
 // sweepAside removes what commands left behind that were killed while they
