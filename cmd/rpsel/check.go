@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -250,32 +250,19 @@ func (c *checker) jit() {
 
 // cgroup2 finds the hierarchy that run needs.
 func (c *checker) cgroup2(k kernel) {
-	mounts, err := os.Open("/proc/self/mounts")
+	own, err := cgroup.Own()
 	if err != nil {
 		c.note("cgroup2", "run", false, "%v", err)
 		return
 	}
-	defer mounts.Close()
-	path, hybrid := "", false
-	for lines := bufio.NewScanner(mounts); lines.Scan(); {
-		f := strings.Fields(lines.Text())
-		switch {
-		case len(f) < 3:
-		case f[2] == "cgroup":
-			hybrid = true
-		case f[2] == "cgroup2" && path == "":
-			path = f[1]
-		}
-	}
+	old, err := cgroup.OldControllers()
 	switch {
-	case path == "":
-		c.note("cgroup2", "run", false, "not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
-	case hybrid && !k.atLeast(5, 15):
-		c.note("cgroup2", "run", false, "%s, beside cgroup v1, which needs Linux 5.15", path)
-	case hybrid:
-		c.note("cgroup2", "run", true, "%s, beside cgroup v1", path)
+	case err != nil:
+		c.note("cgroup2", "run", false, "%v", err)
+	case old && !k.atLeast(5, 15):
+		c.note("cgroup2", "run", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
 	default:
-		c.note("cgroup2", "run", true, "%s", path)
+		c.note("cgroup2", "run", true, "%s", own)
 	}
 }
 
