@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -146,6 +147,7 @@ func (fs FS) attachNew(key Key, conn syscall.Conn, o Options) (_ *Group, err err
 	if err := attachProgram(conn, g.state.RpselSelect); err != nil {
 		return nil, err
 	}
+	fault.Point("program attached")
 	if err := g.settle(conn, p, o); err != nil {
 		return nil, errors.Join(err, detachProgram(conn))
 	}
@@ -185,6 +187,7 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	if err := attachProgram(conn, g.state.RpselSelect); err != nil {
 		return err
 	}
+	fault.Point("program attached")
 	return g.settle(conn, p, o)
 }
 

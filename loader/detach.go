@@ -8,6 +8,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -70,6 +71,7 @@ func (fs FS) Detach(key Key) (Detached, error) {
 			return d, fmt.Errorf("detach %s: %w", key, err)
 		}
 		d.Program = true
+		fault.Point("program taken off")
 	}
 	if s != nil {
 		err = s.evict()

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -147,6 +148,7 @@ func (g *Group) Drain(slot int) error {
 			return nil
 		}
 		g.state.listeners.SetState(at, maps.SlotDraining)
+		fault.Point("slot draining")
 		return g.state.redeal(now)
 	})
 }
@@ -182,6 +184,7 @@ func (g *Group) SetWeight(slot, weight int) error {
 		if err := g.state.listeners.Record(at, record); err != nil {
 			return err
 		}
+		fault.Point("weight recorded")
 		return g.state.redeal(now, at)
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -44,7 +45,7 @@ func (s *state) repair(now uint32) error {
 		shares[slot] = true
 	}
 	var late []uint32
-	changed := false
+	changed := false // somebody died, or began to drain and was not seen through
 	for slot, record := range records {
 		cookie, err := s.sockets.Cookie(slot)
 		if err != nil {
@@ -67,6 +68,8 @@ func (s *state) repair(now uint32) error {
 		case cookie == 0:
 		case state <= maps.SlotJoining, state == maps.SlotActive && !shares[slot]:
 			late = append(late, slot)
+		case state == maps.SlotDraining && shares[slot]:
+			changed = true
 		}
 	}
 	if len(late) > 0 {
@@ -123,13 +126,17 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records ma
 		record.Command = packCommand(m.Holders[0].Command)
 	}
 	s.listeners.SetState(slot, maps.SlotJoining)
+	fault.Point("slot joining")
 	s.listeners.NextIncarnation(slot)
+	fault.Point("slot numbered")
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err
 	}
 	records[slot] = record
+	fault.Point("record written")
 	err = control(conn, func(fd int) error { return s.sockets.Insert(slot, fd) })
 	if err == nil {
+		fault.Point("socket in slot")
 		return slot, nil
 	}
 	delete(records, slot)
@@ -156,6 +163,7 @@ func (s *state) activate(now uint32, slots ...uint32) error {
 	level := make([]uint16, 0, len(slots))
 	for _, slot := range slots {
 		s.listeners.SetState(slot, maps.SlotActive)
+		fault.Point("slot active")
 		level = append(level, uint16(slot))
 	}
 	return s.dealAll(now, nil, level)
@@ -179,6 +187,7 @@ func (s *state) deal(now uint32, table maps.Table) error {
 	for slot := range records {
 		if s.listeners.State(slot) == maps.SlotJoining {
 			s.listeners.SetState(slot, maps.SlotActive)
+			fault.Point("slot active")
 		}
 	}
 	return s.dealAll(now, table, nil)
@@ -219,7 +228,12 @@ func (s *state) dealAll(now uint32, table maps.Table, level []uint16) error {
 	} else {
 		settling.Deal(settled)
 	}
-	return s.picks.Store(settling, after)
+	fault.Point("table dealt")
+	if err := s.picks.Store(settling, after); err != nil {
+		return err
+	}
+	fault.Point("table in force")
+	return nil
 }
 
 // evict empties all slots, so that other tools may have the sockets at once
@@ -232,6 +246,7 @@ func (s *state) evict() error {
 	var errs []error
 	for slot := range records {
 		errs = append(errs, s.sockets.Remove(slot))
+		fault.Point("slot emptied")
 	}
 	return errors.Join(errs...)
 }

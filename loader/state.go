@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
 )
 
@@ -204,6 +205,7 @@ func (fs FS) publish(key Key, s *state) error {
 	if err := os.Mkdir(tmp, dirMode); err != nil {
 		return fmt.Errorf("make state: %w", err)
 	}
+	fault.Point("directory made aside")
 	for name, object := range s.pins() {
 		path := filepath.Join(tmp, name)
 		err := object.Pin(path)
@@ -213,10 +215,12 @@ func (fs FS) publish(key Key, s *state) error {
 		if err != nil {
 			return errors.Join(fmt.Errorf("pin %s: %w", name, err), os.RemoveAll(tmp))
 		}
+		fault.Point("pinned")
 	}
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, fs.groupDir(key), unix.RENAME_NOREPLACE); err != nil {
 		return errors.Join(os.NewSyscallError("renameat2", err), os.RemoveAll(tmp))
 	}
+	fault.Point("state put in place")
 	return nil
 }
 
@@ -310,6 +314,7 @@ func (fs FS) remove(key Key) error {
 		}
 		return err
 	}
+	fault.Point("state out of sight")
 	return os.RemoveAll(tmp)
 }
 

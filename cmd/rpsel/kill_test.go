@@ -1,0 +1,116 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/fault"
+	"github.com/rpsel/rpsel/internal/testnet"
+)
+
+// P6: every command that changes a group is killed at each of its steps. The
+// packets go where they went, the same command then succeeds, and nothing is
+// left behind.
+func TestKilledAtEveryStep(t *testing.T) {
+	testnet.Privileged(t)
+	rpsel := filepath.Join(t.TempDir(), "rpsel")
+	if out, err := exec.Command("go", "build", "-tags", "faults", "-o", rpsel, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, c := range []struct {
+		name   string
+		before []string // commands, and "add" and "close" of a listener
+		killed string
+		fresh  string // a server that gets new flows in the end
+		wanted bool   // or does not
+	}{
+		{"attach", nil, "attach --settle 0", "s0", true},
+		{"attach, a joiner", []string{"attach --settle 0", "add"}, "attach", "s3", true},
+		{"attach, in a dead one's place", []string{"attach --settle 0", "close", "add"}, "attach", "s3", true},
+		{"drain", []string{"attach --settle 0"}, "drain --slot 1", "s1", false},
+		{"resume", []string{"attach --settle 0", "drain --slot 1"}, "resume --slot 1", "s1", true},
+		{"weight", []string{"attach --settle 0"}, "weight --slot 1 5", "s1", true},
+		{"detach", []string{"attach --settle 0"}, "detach", "s0", true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			// once runs the command, to be killed at a step, or at none (0), and
+			// returns the steps it took.
+			once := func(at int) (steps []string) {
+				ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+				log := filepath.Join(t.TempDir(), "steps")
+				run := func(at int, line string) error {
+					args := strings.Fields(line)
+					cmd := exec.Command(rpsel, slices.Concat(args[:1], []string{"--bpffs", bpffs, "-N", ns.Path(), "--port", "1194"}, args[1:])...)
+					cmd.Env = append(os.Environ(), fmt.Sprint(fault.KillAt, "=", at), fault.Log+"="+log)
+					if out, err := cmd.CombinedOutput(); err != nil {
+						return fmt.Errorf("%s: %w: %s", line, err, out)
+					}
+					return nil
+				}
+				servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+				defer servers.Kill()
+				clients := testnet.NewClients(t, ns, 200, "127.0.0.1:1194")
+				for _, line := range c.before {
+					clients.Ask()
+					switch line {
+					case "add":
+						servers.Add()
+					case "close":
+						servers.Close(0)
+					default:
+						if err := run(0, line); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				before := clients.Ask()
+				os.Remove(log)
+
+				err := run(at, c.killed)
+				text, logErr := os.ReadFile(log)
+				if logErr != nil {
+					t.Fatal(logErr)
+				}
+				steps = strings.Split(strings.TrimSpace(string(text)), "\n")
+				var exit *exec.ExitError
+				if at == 0 && err != nil || at > 0 && (!errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL) {
+					t.Fatalf("killed at %d: %v", at, err)
+				}
+				when := fmt.Sprintf("killed at step %d, %q", at, steps[len(steps)-1])
+				if moved := testnet.Moved(before, clients.Ask()); moved != 0 {
+					t.Errorf("%s: %d flows moved", when, moved)
+				}
+				if err := run(0, c.killed); err != nil {
+					t.Errorf("%s, and done again: %v", when, err)
+				}
+				after := clients.Ask()
+				if moved := testnet.Moved(before, after); moved != 0 || testnet.Shares(after)[""] != 0 {
+					t.Errorf("%s, and done again: %d flows moved, answers from %v", when, moved, testnet.Shares(after))
+				}
+				shares := testnet.Shares(testnet.NewClients(t, ns, 200, "127.0.0.1:1194").Ask())
+				if got := shares[c.fresh] > 0; got != c.wanted {
+					t.Errorf("%s, and done again: %s gets new flows: %v, want %v", when, c.fresh, got, c.wanted)
+				}
+				aside, err := filepath.Glob(filepath.Join(bpffs, "rpsel", "*", "tmp_*"))
+				if err != nil || len(aside) > 0 {
+					t.Errorf("%s, and done again: left behind: %v, %v", when, aside, err)
+				}
+				return steps
+			}
+			steps := once(0)
+			for at := range steps {
+				once(at + 1)
+			}
+			t.Logf("%d steps: %s", len(steps), strings.Join(steps, ", "))
+		})
+	}
+}
