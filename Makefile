@@ -106,5 +106,9 @@ define need
 		echo "make: install$$missing"; \
 		apt-get update -qq; \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi; \
+	have=$$(GOTOOLCHAIN=local $(GO) version | cut -d' ' -f3); \
+	if [[ $$have == go1.* && $$(printf '%s\n' go1.21 "$$have" | sort -V | head -n1) != go1.21 ]]; then \
+		echo "make: $$have is too old to fetch the Go that go.mod asks for: install Go 1.21 or later, from backports or by hand" >&2; exit 1; \
 	fi
 endef

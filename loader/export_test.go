@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,4 +29,20 @@ func (g *Group) SettleAfter(conn syscall.Conn, change func()) (maps.Table, error
 	err = g.settle(conn, p, Options{})
 	settling, _ := g.state.picks.Load()
 	return settling, err
+}
+
+// Freeze tells the program that a freeze began some seconds ago, or (negative)
+// that there is none.
+func (g *Group) Freeze(ago int) error {
+	now, err := g.state.now()
+	if err != nil {
+		return err
+	}
+	frozen := &g.state.config.Values().Frozen
+	if ago < 0 {
+		atomic.StoreUint32(frozen, 0)
+	} else {
+		atomic.StoreUint32(frozen, (now-uint32(ago))&(1<<24-1)|1<<31)
+	}
+	return nil
 }

@@ -153,7 +153,7 @@ func (g *Group) Drain(slot int) error {
 	})
 }
 
-// Resume undoes Drain.
+// Resume undoes Drain, with the same errors. Resuming twice is fine.
 func (g *Group) Resume(slot int) error {
 	return g.alter(slot, func(at uint32, now uint32) error {
 		if g.state.listeners.State(at) == maps.SlotActive {

@@ -179,12 +179,13 @@ func TestCloseAndJoin(t *testing.T) {
 
 // P2: orphans are spread evenly, and once.
 func TestOrphansAreSpread(t *testing.T) {
-	for _, n := range []int{2, 3, 4, 8} {
-		t.Run(fmt.Sprint(n), func(t *testing.T) {
+	for i, n := range []int{2, 3, 4, 8} {
+		c := cases[1+i] // each once
+		t.Run(fmt.Sprintf("%s from %s, %d", c.listen, c.remote, n), func(t *testing.T) {
 			const flows = 20000
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-			servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
-			clients := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")
+			servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+			clients := testnet.NewClients(t, ns, flows, c.remote)
 			g := attach(t, fs, ns, noSettle)
 			before := clients.Ask()
 			servers.Close(0)
@@ -215,12 +216,13 @@ func TestOrphansAreSpread(t *testing.T) {
 // With no process of rpsel at all, half and seven eighths of the listeners die.
 // New flows and orphans spread evenly over the rest, none by the kernel's hash.
 func TestManyDie(t *testing.T) {
-	for _, c := range []struct{ n, dead int }{{8, 4}, {8, 7}, {16, 8}, {16, 14}, {64, 56}} {
-		t.Run(fmt.Sprintf("%d of %d", c.dead, c.n), func(t *testing.T) {
+	for i, c := range []struct{ n, dead int }{{8, 4}, {8, 7}, {16, 8}, {16, 14}, {64, 56}} {
+		at := cases[i]
+		t.Run(fmt.Sprintf("%d of %d, %s from %s", c.dead, c.n, at.listen, at.remote), func(t *testing.T) {
 			const flows = 24000
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-			servers := testnet.StartGroup(t, ns, c.n, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
-			tracked := testnet.NewClients(t, ns, flows, "127.0.0.1:1194")
+			servers := testnet.StartGroup(t, ns, c.n, testnet.ServerOptions{Network: at.network, Addr: at.listen, ReusePort: true})
+			tracked := testnet.NewClients(t, ns, flows, at.remote)
 			g := attach(t, fs, ns, noSettle)
 			before := tracked.Ask()
 			dead := []string{}
@@ -246,7 +248,7 @@ func TestManyDie(t *testing.T) {
 				}
 			}
 			even("orphans", testnet.Shares(after))
-			even("new flows", testnet.Shares(testnet.NewClients(t, ns, flows, "127.0.0.1:1194").Ask()))
+			even("new flows", testnet.Shares(testnet.NewClients(t, ns, flows, at.remote).Ask()))
 			if s := status(t, g); s.Counters.Fallback != 0 {
 				t.Errorf("%d packets were left to the kernel's hash", s.Counters.Fallback)
 			}
@@ -257,56 +259,60 @@ func TestManyDie(t *testing.T) {
 // P4: a draining listener keeps its flows and gets no other, also when one dies;
 // when all drain, new flows are served all the same.
 func TestDrain(t *testing.T) {
-	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
-	clients := testnet.NewClients(t, ns, 1000, "127.0.0.1:1194")
-	g := attach(t, fs, ns, noSettle)
-	before := clients.Ask()
+	for _, c := range cases {
+		t.Run(c.listen+" from "+c.remote, func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+			clients := testnet.NewClients(t, ns, 1000, c.remote)
+			g := attach(t, fs, ns, noSettle)
+			before := clients.Ask()
 
-	fresh := func() map[string]int {
-		return testnet.Shares(testnet.NewClients(t, ns, 400, "127.0.0.1:1194").Ask())
-	}
-	if fresh()["s0"] == 0 {
-		t.Fatal("s0 gets no new flow before it drains: the test cannot tell")
-	}
-	for range 2 { // twice is fine
-		if err := g.Drain(0); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := fresh(); got["s0"] != 0 || len(got) != 3 {
-		t.Errorf("s0 drains, new flows went to %v", got)
-	}
-	servers.Close(1)
-	after := clients.Ask()
-	if moved := testnet.Moved(before, after, "s1"); moved != 0 {
-		t.Errorf("%d flows moved", moved)
-	}
-	if before, after := testnet.Shares(before)["s0"], testnet.Shares(after)["s0"]; before != after {
-		t.Errorf("s0 drains and had %d flows, then %d", before, after)
-	}
-	if got := fresh(); got["s0"] != 0 {
-		t.Errorf("s0 drains and s1 died, new flows went to %v", got)
-	}
-	for _, slot := range []int{2, 3} {
-		if err := g.Drain(slot); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := fresh(); got[""] != 0 || got["s0"] == 0 || got["s2"] == 0 {
-		t.Errorf("all drain, new flows went to %v", got)
-	}
-	if s := status(t, g); !s.AllDraining || s.Counters.Fallback != 0 {
-		t.Errorf("all drain: %+v", s)
-	}
-	if err := g.Resume(3); err != nil {
-		t.Fatal(err)
-	}
-	if got := fresh(); got["s3"] != 400 {
-		t.Errorf("s3 resumed alone, new flows went to %v", got)
-	}
-	if diff := cmp.Diff(after, clients.Ask()); diff != "" {
-		t.Errorf("flows moved: %s", diff)
+			fresh := func() map[string]int {
+				return testnet.Shares(testnet.NewClients(t, ns, 400, c.remote).Ask())
+			}
+			if fresh()["s0"] == 0 {
+				t.Fatal("s0 gets no new flow before it drains: the test cannot tell")
+			}
+			for range 2 { // twice is fine
+				if err := g.Drain(0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := fresh(); got["s0"] != 0 || len(got) != 3 {
+				t.Errorf("s0 drains, new flows went to %v", got)
+			}
+			servers.Close(1)
+			after := clients.Ask()
+			if moved := testnet.Moved(before, after, "s1"); moved != 0 {
+				t.Errorf("%d flows moved", moved)
+			}
+			if before, after := testnet.Shares(before)["s0"], testnet.Shares(after)["s0"]; before != after {
+				t.Errorf("s0 drains and had %d flows, then %d", before, after)
+			}
+			if got := fresh(); got["s0"] != 0 {
+				t.Errorf("s0 drains and s1 died, new flows went to %v", got)
+			}
+			for _, slot := range []int{2, 3} {
+				if err := g.Drain(slot); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := fresh(); got[""] != 0 || got["s0"] == 0 || got["s2"] == 0 {
+				t.Errorf("all drain, new flows went to %v", got)
+			}
+			if s := status(t, g); !s.AllDraining || s.Counters.Fallback != 0 {
+				t.Errorf("all drain: %+v", s)
+			}
+			if err := g.Resume(3); err != nil {
+				t.Fatal(err)
+			}
+			if got := fresh(); got["s3"] != 400 {
+				t.Errorf("s3 resumed alone, new flows went to %v", got)
+			}
+			if diff := cmp.Diff(after, clients.Ask()); diff != "" {
+				t.Errorf("flows moved: %s", diff)
+			}
+		})
 	}
 }
 
@@ -361,33 +367,37 @@ func TestSettling(t *testing.T) {
 
 // P7: with no live listener registered, the kernel picks, and that is counted.
 func TestFallback(t *testing.T) {
-	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	servers := testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
-	clients := testnet.NewClients(t, ns, 200, "127.0.0.1:1194")
-	g := attach(t, fs, ns, noSettle)
-	clients.Ask()
-	stranger := servers.Add() // not registered
-	servers.Close(0)
-	servers.Close(1)
-	for range 2 {
-		if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
-			t.Fatalf("only %s is left, answers came from %v", stranger, got)
-		}
-	}
-	s := status(t, g)
-	if s.Counters.Fallback != 400 || s.Counters.Runs != 600 {
-		t.Errorf("counters %+v", s.Counters)
-	}
-	if len(s.Unregistered) != 1 || s.Unregistered[0].Reason != nil {
-		t.Errorf("unregistered %+v", s.Unregistered)
-	}
-	// The next command mends all.
-	attach(t, fs, ns, noSettle)
-	if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
-		t.Errorf("answers came from %v", got)
-	}
-	if s := status(t, g); s.Counters.Fallback != 400 || s.Counters.Rehomed != 200 {
-		t.Errorf("counters %+v", s.Counters)
+	for _, c := range cases {
+		t.Run(c.listen+" from "+c.remote, func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
+			clients := testnet.NewClients(t, ns, 200, c.remote)
+			g := attach(t, fs, ns, noSettle)
+			clients.Ask()
+			stranger := servers.Add() // not registered
+			servers.Close(0)
+			servers.Close(1)
+			for range 2 {
+				if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
+					t.Fatalf("only %s is left, answers came from %v", stranger, got)
+				}
+			}
+			s := status(t, g)
+			if s.Counters.Fallback != 400 || s.Counters.Runs != 600 {
+				t.Errorf("counters %+v", s.Counters)
+			}
+			if len(s.Unregistered) != 1 || s.Unregistered[0].Reason != nil {
+				t.Errorf("unregistered %+v", s.Unregistered)
+			}
+			// The next command mends all.
+			attach(t, fs, ns, noSettle)
+			if got := testnet.Shares(clients.Ask()); got[stranger] != 200 {
+				t.Errorf("answers came from %v", got)
+			}
+			if s := status(t, g); s.Counters.Fallback != 400 || s.Counters.Rehomed != 200 {
+				t.Errorf("counters %+v", s.Counters)
+			}
+		})
 	}
 }
 
@@ -441,6 +451,36 @@ func TestTCP(t *testing.T) {
 			}
 			if s := status(t, g); s.Affinity != "none" || s.Counters.Untracked != s.Counters.Runs || s.Tracked != 0 {
 				t.Errorf("status %+v", s)
+			}
+		})
+	}
+}
+
+// While the group is frozen nothing is tracked or rehomed, and all are served.
+// What a killed command left frozen thaws by itself.
+func TestFrozen(t *testing.T) {
+	for _, c := range []struct {
+		ago    int // seconds, or -1: not frozen
+		frozen bool
+	}{{-1, false}, {0, true}, {60, false}} {
+		t.Run(fmt.Sprint(c.ago), func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+			clients := testnet.NewClients(t, ns, 300, "127.0.0.1:1194")
+			g := attach(t, fs, ns, noSettle)
+			before := clients.Ask()
+			if err := g.Freeze(c.ago); err != nil {
+				t.Fatal(err)
+			}
+			servers.Close(0)
+			after := clients.Ask()
+			strangers := testnet.NewClients(t, ns, 300, "127.0.0.1:1194").Ask()
+			if testnet.Moved(before, after, "s0") != 0 || testnet.Shares(after)[""]+testnet.Shares(strangers)[""] != 0 {
+				t.Errorf("before %v, after %v, new flows %v", testnet.Shares(before), testnet.Shares(after), testnet.Shares(strangers))
+			}
+			s := status(t, g)
+			if frozen := s.Counters.Rehomed == 0 && s.Counters.New == 300 && s.Counters.Untracked > 300; frozen != c.frozen {
+				t.Errorf("frozen %v, counters %+v", frozen, s.Counters)
 			}
 		})
 	}

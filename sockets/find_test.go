@@ -324,7 +324,7 @@ func TestFindMPTCP(t *testing.T) {
 	plain := bind(t, "tcp4", "127.0.0.1:0", reuseport)
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_MPTCP)
 	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.ENOPROTOOPT) {
-		t.Skip("kernel without MPTCP: ", err)
+		(&testnet.Unavailable{What: "MPTCP", Err: err}).Skip(t)
 	}
 	must(t, err)
 	mptcp := os.NewFile(uintptr(fd), "mptcp")

@@ -185,9 +185,15 @@ func (a *attachment) planOne(g sockets.Group) (job, error) {
 }
 
 // withMember lends f a socket of the group, for no longer than it runs: kept
-// open, it would outlive its server.
+// open, it would outlive its server. An MPTCP listener cannot stand for its
+// group: the TCP socket below it is what is in there.
 func withMember(g sockets.Group, f func(*sockets.Conn) error) error {
+	var mptcp error
 	for _, m := range g.Members {
+		if m.MPTCP {
+			mptcp = m.Check()
+			continue
+		}
 		for _, h := range m.Holders {
 			conn, err := sockets.Take(h, m.Cookie)
 			if errors.Is(err, sockets.ErrGone) {
@@ -199,6 +205,9 @@ func withMember(g sockets.Group, f func(*sockets.Conn) error) error {
 			defer conn.Close()
 			return f(conn)
 		}
+	}
+	if mptcp != nil {
+		return fmt.Errorf("%s: %w", g.Key, mptcp)
 	}
 	return fmt.Errorf("%s: %w: its servers closed it meanwhile: start them and try again", g.Key, sockets.ErrGone)
 }

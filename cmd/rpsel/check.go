@@ -343,7 +343,7 @@ func (c *checker) group(g sockets.Group) {
 			f.PID, f.Command = m.Holders[0].PID, m.Holders[0].Command
 		}
 		err := refused[m.Cookie]
-		if g.Kernel == 0 {
+		if g.Kernel == 0 || m.MPTCP {
 			err = m.Check()
 		}
 		switch {

@@ -18,7 +18,8 @@ func newDetachCmd(e *env) *cobra.Command {
 		Short: "Give a port back to the kernel's hash",
 		Long: `Take rpsel's program off every group on the port and remove the state. Flows go
 back to where the kernel's hash sends them; --dry-run counts those that would
-then have another listener.`,
+then have another listener. With -N all it does so in every network namespace, and
+removes what is left of those that are gone.`,
 		Example: `  rpsel detach --port 1194 --dry-run
   rpsel detach --port 1194`,
 		Args: noArgs,
@@ -26,11 +27,11 @@ then have another listener.`,
 			if err := s.needPort(cmd); err != nil {
 				return err
 			}
-			netns, err := s.cookie()
+			netns, err := s.cookieOrAll()
 			if err != nil {
 				return err
 			}
-			if !dryRun {
+			if !dryRun && netns != 0 {
 				if err := s.fs().Sweep(netns); err != nil {
 					return err
 				}

@@ -82,11 +82,6 @@ func notFound(format string, args ...any) error {
 	return &codedError{exitNotFound, fmt.Errorf(format, args...)}
 }
 
-// unsupported is for what this kernel or machine cannot do.
-func unsupported(format string, args ...any) error {
-	return &codedError{exitUnsupported, fmt.Errorf(format, args...)}
-}
-
 // errorText is one line, unless -v asks for the verifier's log.
 func errorText(err error, verbose bool) string {
 	text := strings.Join(strings.Fields(err.Error()), " ")

@@ -60,6 +60,14 @@ func (s *scope) cookie() (uint64, error) {
 	return ns.Cookie(), nil
 }
 
+// cookieOrAll is cookie, or 0 if the scope is all namespaces.
+func (s *scope) cookieOrAll() (uint64, error) {
+	if s.netns == allNetNS {
+		return 0, nil
+	}
+	return s.cookie()
+}
+
 // keys lists the scope's groups that have state, in the namespace with this
 // cookie or (0) in all, as they are shown: by port, protocol and address.
 func (s *scope) keys(netns uint64) ([]loader.Key, error) {
@@ -89,11 +97,9 @@ func (s *scope) keys(netns uint64) ([]loader.Key, error) {
 // open opens the scope's groups that have state; none is an error if the scope
 // names a port or an address. The caller closes them with closeAll.
 func (s *scope) open() (_ []*loader.Group, err error) {
-	var netns uint64
-	if s.netns != allNetNS {
-		if netns, err = s.cookie(); err != nil {
-			return nil, err
-		}
+	netns, err := s.cookieOrAll()
+	if err != nil {
+		return nil, err
 	}
 	keys, err := s.keys(netns)
 	if err != nil {

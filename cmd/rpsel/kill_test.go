@@ -114,3 +114,23 @@ func TestKilledAtEveryStep(t *testing.T) {
 		})
 	}
 }
+
+// A container is gone, and its network namespace with it: the state that is left
+// can be removed all the same.
+func TestDetachGoneNamespace(t *testing.T) {
+	bpffs := testnet.BPFFS(t)
+	t.Run("container", func(t *testing.T) {
+		ns := testnet.New(t)
+		testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+		if code, _, talk := rpsel("attach", "--bpffs", bpffs, "-N", ns.Path(), "--port", "1194"); code != exitDone {
+			t.Fatal(talk)
+		}
+	})
+	code, out, talk := rpsel("detach", "--bpffs", bpffs, "-N", "all", "--port", "1194")
+	if code != exitDone || !strings.Contains(out, "udp 127.0.0.1:1194") {
+		t.Errorf("exit code %d, printed %q, said %q", code, out, talk)
+	}
+	if left, err := filepath.Glob(filepath.Join(bpffs, "rpsel*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}

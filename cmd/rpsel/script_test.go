@@ -59,7 +59,7 @@ func without() {
 //	device NAME                  make a network interface
 //	serve NAME NETWORK ADDR OPT… start a server of 1 socket; options are a
 //	                             number of sockets, plain (no SO_REUSEPORT),
-//	                             v6only, cpu (SO_INCOMING_CPU) and uid=N.
+//	                             v6only, mptcp, cpu (SO_INCOMING_CPU), uid=N.
 //	                             Sets $NAME to its pid
 //	foreign PORT                 attach a program that is not rpsel's
 //	die NAME                     kill it
@@ -177,6 +177,8 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 			o.ReusePort = false
 		case opt == "v6only":
 			o.V6Only = true
+		case opt == "mptcp":
+			o.MPTCP = true
 		case opt == "cpu":
 			o.Sockopts = []testnet.Sockopt{{Level: unix.SOL_SOCKET, Name: unix.SO_INCOMING_CPU, Value: 0}}
 		case isUID:

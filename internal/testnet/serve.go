@@ -150,7 +150,11 @@ func (w *work) bind() (int, error) {
 	if strings.HasSuffix(w.Network, "6") {
 		family = unix.AF_INET6
 	}
-	fd, err := unix.Socket(family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	protocol := 0
+	if w.MPTCP {
+		protocol = unix.IPPROTO_MPTCP
+	}
+	fd, err := unix.Socket(family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}

@@ -31,6 +31,8 @@ type ServerOptions struct {
 	ReusePort bool
 	// V6Only keeps IPv4 off an IPv6 socket.
 	V6Only bool
+	// MPTCP makes MPTCP listeners of TCP ones.
+	MPTCP bool
 	// UID is the user the process becomes before it makes its sockets.
 	UID int
 	// Sockopts are set before bind.
