@@ -11,7 +11,7 @@ CLANG        := clang-19
 STRIP        := llvm-strip-19
 CLANG_FORMAT := clang-format-19
 
-export PATH := $(PATH):/usr/local/go/bin
+export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin
 # A go that is too old fetches the one that go.mod asks for.
 export GOTOOLCHAIN := auto
 GO      := go
@@ -109,6 +109,12 @@ define need
 	fi; \
 	have=$$(GOTOOLCHAIN=local $(GO) version | cut -d' ' -f3); \
 	if [[ $$have == go1.* && $$(printf '%s\n' go1.21 "$$have" | sort -V | head -n1) != go1.21 ]]; then \
-		echo "make: $$have is too old to fetch the Go that go.mod asks for: install Go 1.21 or later, from backports or by hand" >&2; exit 1; \
+		want=$$(sed -n 's/^go /go/p' go.mod); \
+		echo "make: $$have cannot fetch $$want by itself: do that for it, into .go"; \
+		cd $$(mktemp -d); \
+		dir=$$($(GO) mod download -json golang.org/toolchain@v0.0.1-$$want.linux-$$($(GO) env GOARCH) | \
+			sed -n 's/.*"Dir": "\(.*\)",/\1/p'); \
+		chmod -R a+rx "$$dir/bin" "$$dir/pkg/tool"; \
+		ln -sfn "$$dir" $(CURDIR)/.go; \
 	fi
 endef
