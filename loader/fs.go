@@ -33,7 +33,7 @@ const (
 	fileMode  = 0o600
 )
 
-func (fs FS) root() string { return filepath.Join(fs.mount(), rootName) }
+func (fs FS) root() string { return filepath.Join(fs.Mount(), rootName) }
 
 func (fs FS) netnsDir(cookie uint64) string {
 	return filepath.Join(fs.root(), strconv.FormatUint(cookie, 10))

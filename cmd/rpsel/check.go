@@ -205,10 +205,7 @@ func (c *checker) ptrace() {
 }
 
 func (c *checker) bpffs() {
-	mount := c.scope.bpffs
-	if mount == "" {
-		mount = string(loader.DefaultFS)
-	}
+	mount := c.scope.fs().Mount()
 	var stat unix.Statfs_t
 	err := unix.Statfs(mount, &stat)
 	switch {
@@ -222,6 +219,8 @@ func (c *checker) bpffs() {
 			return
 		}
 		c.need("bpffs", true, exitDone, "%s", mount)
+	case c.scope.fs().Mountable() != nil:
+		c.need("bpffs", false, exitUnsupported, "%v", c.scope.fs().Mountable())
 	case c.admin:
 		// Whether it can be mounted only a mount would tell.
 		c.need("bpffs", true, exitDone, "none on %s yet: attach mounts one", mount)

@@ -9,21 +9,22 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/ancestor"
 )
 
 // Own returns the directory of the calling process's cgroup in the cgroup2
-// file system. "ip netns exec" hides that file system below a new /sys; then the
-// directory is given by way of the root of the parent or init process.
+// file system. Where the caller's mount namespace hides that file system, the
+// directory is given by way of the root of an ancestor process.
 //
 // Errors: ErrNoCgroup2, ErrOutside.
 func Own() (string, error) {
 	dir, err := own("/proc/self/mountinfo", "")
-	for _, other := range []int{os.Getppid(), 1} {
-		if err == nil {
-			return dir, nil
-		}
-		proc := fmt.Sprintf("/proc/%d", other)
-		if found, otherErr := own(proc+"/mountinfo", proc+"/root"); otherErr == nil {
+	if err == nil {
+		return dir, nil
+	}
+	for _, root := range ancestor.Roots() {
+		if found, otherErr := own(filepath.Join(filepath.Dir(root), "mountinfo"), root); otherErr == nil {
 			return found, nil
 		}
 	}
