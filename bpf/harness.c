@@ -56,7 +56,7 @@ struct values {
 	__u32 tag;
 	__u32 entry_hash;
 	__u32 picked;
-	__u32 picked_settling;
+	__u32 picked_waiting;
 	__u32 mended;
 	/* run_parse */
 	__u64 client[2];
@@ -88,7 +88,7 @@ int run_numbers(struct __sk_buff *skb)
 	io.moved = moved(io.word, io.slot, io.incarnation, io.now);
 	io.entry_hash = entry_hash(io.entry);
 	io.picked = picked(io.entry, 0);
-	io.picked_settling = picked(io.entry, 1);
+	io.picked_waiting = picked(io.entry, 1);
 	io.mended = mended(io.entry, io.slot, io.n);
 	io.nth_one = nth_one(io.set, io.n);
 	return TC_ACT_OK;

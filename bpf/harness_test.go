@@ -92,7 +92,7 @@ func FuzzNumbers(f *testing.F) {
 		want.Expired = truth(expired(w, now))
 		want.Moved = uint64(maps.MakeWord(in.Slot, n, w.State(), now, w.Tag()))
 		want.EntryHash = maps.EntryHash(entry)
-		want.PickedSettling, want.Picked = entry&0xffff, entry>>16
+		want.PickedWaiting, want.Picked = entry&0xffff, entry>>16
 		want.Mended = mend(entry, in.Slot, in.N)
 		want.NthOne = nthOne(set, in.N)
 		if diff := cmp.Diff(want, out, cmp.AllowUnexported(HarnessValues{})); diff != "" {

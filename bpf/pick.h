@@ -48,10 +48,21 @@ OWN_FUNCTION __u64 nth_one(__u64 set, __u32 n)
 	return 0;
 }
 
-/* picked is the slot in an entry: while the group settles, or after. */
-ALWAYS_INLINE __u32 picked(__u32 entry, int settling)
+/*
+ * nth_rank is the order in which ranks are searched. A generation that is about
+ * to take over comes after the others as long as it has not.
+ */
+ALWAYS_INLINE __u32 nth_rank(__u32 n, int turning)
 {
-	return settling ? entry & PICK_HALF : entry >> PICK_AFTER_SHIFT;
+	if (!turning || n >= RANK_DRAINING)
+		return n;
+	return n + 1 < RANK_DRAINING ? n + 1 : RANK_NEXT;
+}
+
+/* picked is the slot in an entry: while the group waits, or after. */
+ALWAYS_INLINE __u32 picked(__u32 entry, int waiting)
+{
+	return waiting ? entry & PICK_HALF : entry >> PICK_AFTER_SHIFT;
 }
 
 /* mended is the entry with a living slot wherever it had the dead one. */

@@ -10,7 +10,7 @@
 
 #include <linux/types.h>
 
-#define RPSEL_ABI 1
+#define RPSEL_ABI 2
 
 #define RPSEL_SLOTS 4096	/* listeners of one group, at most */
 #define RPSEL_BUCKET 8		/* entries of one bucket: two cache lines */
@@ -84,16 +84,36 @@ struct slot {
 	__u32 state; /* enum slot_state; a dead listener is found by its empty SOCKARRAY entry */
 };
 
-/* Which slots may serve when the pick table has no live one: a bit each. */
+/*
+ * Who may serve when the pick table has no live listener: a bit per slot, by
+ * rank. With policy newest a rank is a generation, else all that are active are
+ * of the first.
+ */
+enum rank {
+	RANK_NEXT = 0,	/* the generation that is about to take over; empty otherwise */
+	RANK_FIRST = 1, /* gets new flows */
+	RANK_SECOND = 2,
+	RANK_OLDER = 3,
+	RANK_DRAINING = 4, /* only when nobody else lives */
+	RANKS = 5,
+};
+
 struct live {
-	__u64 active;
-	__u64 draining;
+	__u64 ranks[RANKS];
+};
+
+/* What a group waits for until the second config.until. */
+enum waiting {
+	NOT_WAITING = 0,
+	SETTLING = 1, /* flows from before the attach are to be seen first */
+	TURNING = 2,  /* the next generation is not complete */
 };
 
 /*
- * An entry of the pick table: who gets a new flow while the group settles
- * (low half: what the kernel's own hash would have picked) and who after that
- * (high half: joiners have their share here). Either half may be RPSEL_NO_SLOT.
+ * An entry of the pick table: who gets a new flow while the group waits
+ * (low half: what the kernel's own hash would have picked, or the present
+ * generation) and who after that (high half: joiners have their share here).
+ * Either half may be RPSEL_NO_SLOT.
  */
 #define PICK_AFTER_SHIFT 16
 #define PICK_HALF 0xffff
@@ -106,8 +126,8 @@ struct config {
 	__u64 table;	  /* first << TABLE_FIRST_SHIFT | size */
 	__u32 abi;	  /* RPSEL_ABI */
 	__u32 frozen;	  /* second in which a freeze began, 1 << 31 set; 0: none */
-	__u32 settled;	  /* second from which joiners get new flows */
-	__u32 settling;	  /* 0: settled lies in the past */
+	__u32 until;	  /* second from which joiners get new flows */
+	__u32 waiting;	  /* enum waiting; NOT_WAITING: that second lies in the past */
 	__u32 idle;	  /* seconds an established flow may be silent */
 	__u32 idle_new;	  /* seconds a new flow may be silent */
 	__u32 policy;	  /* enum policy */
@@ -116,12 +136,22 @@ struct config {
 	__u32 capacity;	  /* flows the table was sized for */
 	__u32 attached;	  /* second of the attach */
 	__u32 clock_mult; /* as in the program: seconds = jiffies * clock_mult >> 32 */
+
+	/* From here on of user space alone. */
+	__u32 settled;	  /* second until which the group settled after the last attach */
+	__u32 owner;	  /* uid whose processes may register through the agent */
+	__u32 has_owner;  /* 0: nobody may */
+	__u32 generation; /* the newest */
+	__u32 members;	  /* the most listeners it had alive while it was incomplete */
+	__u32 pad;
+	__u64 joined; /* second of CLOCK_BOOTTIME in which the last of them joined */
 };
 
 #define FROZEN 0x80000000u
 
 enum policy {
 	POLICY_HASH = 0,
+	POLICY_NEWEST = 1, /* new flows to the newest generation; the pick table says who that is */
 };
 
 enum affinity {
@@ -163,15 +193,16 @@ struct listener {
 	__u32 joined;		   /* second of the join */
 	__u32 died;		   /* second in which it was found dead */
 	__u32 dead;		   /* 1: died is set */
+	__u64 started;		   /* when that process started, as in /proc/PID/stat; 0: unknown */
 	__u8 command[16];
 };
 
-_Static_assert(sizeof(struct listener) == 96, "listener is part of the pinned ABI");
+_Static_assert(sizeof(struct listener) == 104, "listener is part of the pinned ABI");
 _Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
 _Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
 _Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");
 _Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
-_Static_assert(sizeof(struct config) == 56, "config is part of the pinned ABI");
+_Static_assert(sizeof(struct config) == 88, "config is part of the pinned ABI");
 _Static_assert(1 << WORD_SLOT_BITS == RPSEL_SLOTS, "a slot number fits its field");
 _Static_assert(WORD_SLOT_SHIFT + WORD_SLOT_BITS == 64, "the word is full");
 

@@ -177,15 +177,17 @@ struct bpf_map;
 /* A search of the live bits. */
 struct search {
 	struct sk_reuseport_md *ctx;
-	__u32 draining; /* which bits */
-	__u32 bits;	/* count: how many there are; take: how many to pass over */
+	__u32 rank; /* whose bits */
+	__u32 bits; /* count: how many there are; take: how many to pass over */
 	__u32 found;
 	struct choice choice;
 };
 
 ALWAYS_INLINE __u64 *live_bits(struct live *l, const struct search *s)
 {
-	return s->draining ? &l->draining : &l->active;
+	__u32 rank = s->rank;
+
+	return &l->ranks[rank < RANKS ? rank : 0];
 }
 
 /*
@@ -244,22 +246,21 @@ static long take(struct bpf_map *map, const __u32 *key, struct live *l, struct s
 }
 
 /*
- * choose_live takes the listener at the hash's share of those with a live bit.
- * Nobody may have cleared the bits of the dead yet: meeting one, it does so and
- * tries again. Draining listeners are drawn anew for each packet, and only
- * clean bits give the same answer each time. It tries more than once since
- * listeners may die, and other CPUs clear their bits, while it counts.
+ * choose_live takes the listener at the hash's share of those of a rank. Nobody
+ * may have cleared the bits of the dead yet: meeting one, it does so and tries
+ * again. Draining listeners are drawn anew for each packet, and only clean bits
+ * give the same answer each time. It tries more than once since listeners may
+ * die, and other CPUs clear their bits, while it counts.
  */
 #define LIVE_TRIES 4
 
-OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 draining,
-			     struct choice *c)
+OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 rank, struct choice *c)
 {
-	struct search s = {.ctx = ctx, .draining = draining};
+	struct search s = {.ctx = ctx, .rank = rank};
 
 	if (!c)
 		return 0;
-	for (int clean = !!draining; clean < LIVE_TRIES && !s.found; clean++) {
+	for (int clean = rank == RANK_DRAINING; clean < LIVE_TRIES && !s.found; clean++) {
 		if (clean)
 			bpf_for_each_map_elem(&live, bury, &s, 0);
 		s.bits = 0;
@@ -271,6 +272,18 @@ OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 drai
 	}
 	*c = s.choice;
 	return s.found;
+}
+
+/* choose_heir takes a listener of the first rank that has one, and returns that rank or RANKS. */
+OWN_FUNCTION int choose_heir(struct sk_reuseport_md *ctx, __u32 hash, int waiting, struct choice *c)
+{
+	for (__u32 i = 0; i < RANKS; i++) {
+		__u32 rank = nth_rank(i, waiting == TURNING);
+
+		if (choose_live(ctx, hash, rank, c))
+			return rank;
+	}
+	return RANKS;
 }
 
 ALWAYS_INLINE __u32 *pick_entry(__u32 index)
@@ -288,8 +301,10 @@ ALWAYS_INLINE __u32 *pick_entry(__u32 index)
  * the same answer at once, and each entry is searched for only once.
  */
 OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash,
-		      int settling, struct choice *c)
+		      int waiting, struct choice *c)
 {
+	int rank;
+
 	if (!cfg || !c)
 		return 0;
 
@@ -301,17 +316,18 @@ OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u
 		return 0;
 
 	__u32 was = READ_ONCE(*entry);
-	__u32 dead = picked(was, settling);
+	__u32 dead = picked(was, waiting);
 
 	if (choose_any(ctx, dead, c))
 		return 1;
-	if (!choose_live(ctx, entry_hash(index), 0, c))
-		return choose_live(ctx, entry_hash(index), 1, c);
+	rank = choose_heir(ctx, entry_hash(index), waiting, c);
+	if (rank >= RANK_DRAINING)
+		return rank == RANK_DRAINING;
 	if (__sync_val_compare_and_swap(entry, was, mended(was, dead, c->slot)) != was) {
 		/* Another CPU was first: the entry's flows stay together with its choice. */
 		struct choice theirs = {};
 
-		if (choose_any(ctx, picked(READ_ONCE(*entry), settling), &theirs))
+		if (choose_any(ctx, picked(READ_ONCE(*entry), waiting), &theirs))
 			*c = theirs;
 		else if (!choose(ctx, c->slot, c->incarnation))
 			return 0;
@@ -320,18 +336,25 @@ OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u
 }
 
 /*
- * settling: existing flows may not have been seen yet, so that flows that look
- * new are left where the kernel had them. Cleared for good once over, or the
- * clock's wrap would bring it back after half a year.
+ * waiting_at is what the group waits for: existing flows may not have been seen
+ * yet, so that flows that look new are left where the kernel had them, or a
+ * generation is not complete. Cleared for good once over, or the clock's wrap
+ * would bring it back after half a year.
  */
-ALWAYS_INLINE int settling_at(struct config *cfg, __u32 now)
+ALWAYS_INLINE int waiting_at(struct config *cfg, __u32 now)
 {
-	if (!READ_ONCE(cfg->settling))
-		return 0;
-	if (age(now, READ_ONCE(cfg->settled)) < 0)
-		return 1;
-	WRITE_ONCE(cfg->settling, 0);
-	return 0;
+	int waiting = READ_ONCE(cfg->waiting);
+
+	if (!waiting || age(now, READ_ONCE(cfg->until)) < 0)
+		return waiting;
+	WRITE_ONCE(cfg->waiting, NOT_WAITING);
+	return NOT_WAITING;
+}
+
+/* unsettled leaves out that the group settles, which is no matter for what is known. */
+ALWAYS_INLINE int unsettled(int waiting)
+{
+	return waiting == SETTLING ? NOT_WAITING : waiting;
 }
 
 /* frozen: user space copies the flow table, so nothing may be written to it. */
@@ -350,11 +373,11 @@ ALWAYS_INLINE int fallback(void)
 }
 
 /* untracked serves a packet by the pick table alone. */
-ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cfg, int settling)
+ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cfg, int waiting)
 {
 	struct choice c = {};
 
-	if (!pick(ctx, cfg, ctx->hash, settling, &c))
+	if (!pick(ctx, cfg, ctx->hash, waiting, &c))
 		return fallback();
 	COUNT_SLOT(ctx, c.slot, untracked);
 	return SK_PASS;
@@ -391,12 +414,11 @@ ALWAYS_INLINE void describe_move(__u32 row, __u32 now)
  * refresh tries again.
  */
 ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, struct flow *f,
-			 __u32 row, __u64 identity, __u64 word, __u32 now)
+			 __u32 row, __u64 identity, __u64 word, __u32 now, int waiting)
 {
 	struct choice c = {};
 
-	/* A tracked flow is known, so joiners may have it even while the group settles. */
-	if (!pick(ctx, cfg, ctx->hash, 0, &c))
+	if (!pick(ctx, cfg, ctx->hash, unsettled(waiting), &c))
 		return fallback();
 	for (__u32 i = 0; i < HOLD_TRIES; i++) {
 		__u64 theirs;
@@ -426,16 +448,16 @@ ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, 
 
 /* admit gives a flow that is in neither bucket a listener and an entry. */
 ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, struct bucket *first,
-			struct bucket *second, __u64 identity, __u32 port, __u32 now, int settling)
+			struct bucket *second, __u64 identity, __u32 port, __u32 now, int waiting)
 {
 	struct choice c = {};
 	__u64 client[2];
 
 	if (!client_address(ctx, ctx->eth_protocol, client)) {
 		COUNT(parse_error);
-		return untracked(ctx, cfg, settling);
+		return untracked(ctx, cfg, waiting);
 	}
-	if (!pick(ctx, cfg, ctx->hash, settling, &c))
+	if (!pick(ctx, cfg, ctx->hash, waiting, &c))
 		return fallback();
 
 	struct insertion in = {
@@ -484,29 +506,29 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 	struct bucket *first, *second;
 	__u64 identity, word;
 	struct flow *f;
-	int settling;
+	int waiting;
 
 	if (!cfg)
 		return SK_PASS;
 
+	now = clock();
+	waiting = waiting_at(cfg, now);
 	if (ctx->migrating_sk) {
 		struct choice c = {};
 
 		/* A connection that waits in a closing TCP listener: it goes as a new one would. */
-		if (!pick(ctx, cfg, ctx->hash, 0, &c))
+		if (!pick(ctx, cfg, ctx->hash, unsettled(waiting), &c))
 			return fallback();
 		COUNT_SLOT(ctx, c.slot, migrated);
 		return SK_PASS;
 	}
 
 	if (affinity == AFFINITY_NONE)
-		return untracked(ctx, cfg, 0);
+		return untracked(ctx, cfg, unsettled(waiting));
 
-	now = clock();
-	settling = settling_at(cfg, now);
 	if (!client_port(ctx, ctx->data, ctx->data_end, &port)) {
 		COUNT(parse_error);
-		return untracked(ctx, cfg, settling);
+		return untracked(ctx, cfg, waiting);
 	}
 
 	identity = flow_identity(ctx->hash, port);
@@ -547,8 +569,8 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		return SK_PASS;
 	}
 	if (frozen(cfg, now))
-		return untracked(ctx, cfg, settling);
-	return rehome(ctx, cfg, f, row, identity, word, now);
+		return untracked(ctx, cfg, waiting);
+	return rehome(ctx, cfg, f, row, identity, word, now, waiting);
 
 forgotten:
 	/* Silent for too long: it may be taken over, so it is a new flow now. */
@@ -557,8 +579,8 @@ forgotten:
 		return fallback();
 unknown:
 	if (frozen(cfg, now))
-		return untracked(ctx, cfg, settling);
-	return admit(ctx, cfg, first, second, identity, port, now, settling);
+		return untracked(ctx, cfg, waiting);
+	return admit(ctx, cfg, first, second, identity, port, now, waiting);
 }
 
 /* rpsel_clock tells user space, by BPF_PROG_TEST_RUN, which second it is. */

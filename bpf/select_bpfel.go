@@ -23,20 +23,27 @@ type SelectBucket struct {
 }
 
 type SelectConfig struct {
-	_         structs.HostLayout
-	Table     uint64
-	Abi       uint32
-	Frozen    uint32
-	Settled   uint32
-	Settling  uint32
-	Idle      uint32
-	IdleNew   uint32
-	Policy    uint32
-	Affinity  uint32
-	Confirm   uint32
-	Capacity  uint32
-	Attached  uint32
-	ClockMult uint32
+	_          structs.HostLayout
+	Table      uint64
+	Abi        uint32
+	Frozen     uint32
+	Until      uint32
+	Waiting    uint32
+	Idle       uint32
+	IdleNew    uint32
+	Policy     uint32
+	Affinity   uint32
+	Confirm    uint32
+	Capacity   uint32
+	Attached   uint32
+	ClockMult  uint32
+	Settled    uint32
+	Owner      uint32
+	HasOwner   uint32
+	Generation uint32
+	Members    uint32
+	Pad        uint32
+	Joined     uint64
 }
 
 type SelectCounters struct {
@@ -63,13 +70,13 @@ type SelectListener struct {
 	Joined     uint32
 	Died       uint32
 	Dead       uint32
+	Started    uint64
 	Command    [16]uint8
 }
 
 type SelectLive struct {
-	_        structs.HostLayout
-	Active   uint64
-	Draining uint64
+	_     structs.HostLayout
+	Ranks [5]uint64
 }
 
 type SelectPickPair struct {

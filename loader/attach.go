@@ -174,13 +174,13 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 			if err := g.state.redeal(now); err != nil {
 				return err
 			}
-			g.state.config.Settle(now, settledAt(now, o.Settle))
+			g.state.settle(now, o.Settle)
 		}
 		return g.join(p.Register, now)
 	}
 	// The group was made anew since, or somebody took the program off: its
 	// flows are where the kernel's hash has them, as at a first attach.
-	g.state.config.Settle(now, settledAt(now, o.Settle))
+	g.state.settle(now, o.Settle)
 	if err := g.followKernel(p); err != nil {
 		return err
 	}

@@ -223,7 +223,7 @@ func (s *state) dealAll(now uint32, table maps.Table, level []uint16) error {
 	limit := s.picks.Limit()
 	settling, after = settling.Grow(len(active), limit), after.Grow(len(active), limit)
 	after.Deal(active, level...)
-	if s.config.Settling(now) == 0 {
+	if waiting, _ := s.config.Waiting(now); waiting == maps.NotWaiting {
 		settling = after
 	} else {
 		settling.Deal(settled)

@@ -123,6 +123,12 @@ func settledAt(now uint32, d time.Duration) uint32 {
 	return now + seconds(d) + 1
 }
 
+// settle makes the group settle from now on.
+func (s *state) settle(now uint32, d time.Duration) {
+	s.config.Values().Settled = settledAt(now, d)
+	s.config.Wait(maps.Settling, now, settledAt(now, d))
+}
+
 // create loads a program with maps of its own for a group that has members
 // members.
 func create(key Key, members int, o Options) (_ *state, err error) {
@@ -181,7 +187,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.Attached = now
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
-	s.config.Settle(now, settledAt(now, o.Settle))
+	s.settle(now, o.Settle)
 	return s, nil
 }
 

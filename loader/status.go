@@ -90,7 +90,7 @@ func (g *Group) Status() (Status, error) {
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second
-	if left := s.config.Settling(now); left > 0 {
+	if waiting, left := s.config.Waiting(now); waiting == maps.Settling {
 		// The last second has begun already, see settledAt.
 		status.Settling = time.Duration(max(1, left-1)) * time.Second
 	}

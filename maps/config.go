@@ -9,11 +9,12 @@ import (
 )
 
 // ABI is the version of the pinned layout, RPSEL_ABI in bpf/rpsel.h.
-const ABI = 1
+const ABI = 2
 
 // Policies, affinities and ways of confirmation, as in bpf/rpsel.h.
 const (
 	PolicyHash    = 0 // by the pick table
+	PolicyNewest  = 1 // by the pick table, which names the newest generation only
 	AffinityFlow  = 0 // client address and port, and local address
 	AffinityNone  = 1 // every packet is picked anew
 	ConfirmClient = 0 // by the client's next packet
@@ -50,23 +51,34 @@ func (c *Config) SetLimits(l Limits) {
 	atomic.StoreUint32(&v.Idle, l.Established)
 }
 
-// Settling returns how many more seconds flows that look new are left where
-// the kernel had them.
-func (c *Config) Settling(now uint32) uint32 {
+// Waiting is what a group waits for (enum waiting in bpf/rpsel.h).
+type Waiting uint32
+
+// What a group may wait for.
+const (
+	NotWaiting Waiting = iota
+	Settling           // flows from before the attach are to be seen first
+	Turning            // the next generation is not complete
+)
+
+// Waiting returns what the group waits for, and for how many more seconds.
+func (c *Config) Waiting(now uint32) (what Waiting, left uint32) {
 	v := c.Values()
-	if atomic.LoadUint32(&v.Settling) == 0 {
-		return 0
+	what = Waiting(atomic.LoadUint32(&v.Waiting))
+	left = uint32(max(0, Age(atomic.LoadUint32(&v.Until), now)))
+	if what == NotWaiting || left == 0 {
+		return NotWaiting, 0
 	}
-	return uint32(max(0, Age(atomic.LoadUint32(&v.Settled), now)))
+	return what, left
 }
 
-// Settle makes the group settle until the given second, or ends it at once if
-// that is not in the future.
-func (c *Config) Settle(now, until uint32) {
+// Wait makes the group wait until the given second, or ends it at once if that
+// is not in the future.
+func (c *Config) Wait(what Waiting, now, until uint32) {
 	v := c.Values()
-	atomic.StoreUint32(&v.Settling, 0)
-	atomic.StoreUint32(&v.Settled, until&secondMask)
+	atomic.StoreUint32(&v.Waiting, uint32(NotWaiting))
+	atomic.StoreUint32(&v.Until, until&secondMask)
 	if Age(until, now) > 0 {
-		atomic.StoreUint32(&v.Settling, 1)
+		atomic.StoreUint32(&v.Waiting, uint32(what))
 	}
 }

@@ -71,27 +71,51 @@ func (l *Listeners) State(slot uint32) SlotState {
 	return SlotState(atomic.LoadUint32(&l.slots.values[slot].State))
 }
 
-// SetState changes the state, and with it whether the slot may be searched for
-// when the pick table has no live listener.
+// Rank is the order in which live listeners are searched when the pick table
+// has none (enum rank in bpf/rpsel.h).
+type Rank int
+
+// The ranks. With policy newest a rank of the active is a generation, else all
+// of them are of the first.
+const (
+	RankNext     Rank = iota // the generation that is about to take over
+	RankFirst                // gets new flows
+	RankSecond               // the generation before
+	RankOlder                // all before that
+	RankDraining             // only when nobody else lives
+)
+
+// SetState changes the state. One that is not active or draining takes the slot
+// out of the search for live listeners.
 func (l *Listeners) SetState(slot uint32, s SlotState) {
 	atomic.StoreUint32(&l.slots.values[slot].State, uint32(s))
-	live, bit := &l.live.values[slot/64], uint64(1)<<(slot%64)
-	setBit(&live.Active, bit, s == SlotActive)
-	setBit(&live.Draining, bit, s == SlotDraining)
+	switch s {
+	case SlotActive:
+		l.SetRank(slot, RankFirst)
+	case SlotDraining:
+		l.SetRank(slot, RankDraining)
+	default:
+		l.Bury(slot)
+	}
 }
 
-// Bury takes a dead listener out of the search. Its state stays, to be told.
+// SetRank puts a slot into the search for live listeners, with others of its
+// rank. The new bit is set before the old one goes.
+func (l *Listeners) SetRank(slot uint32, r Rank) {
+	ranks, bit := &l.live.values[slot/64].Ranks, uint64(1)<<(slot%64)
+	atomic.OrUint64(&ranks[r], bit)
+	for other := range ranks {
+		if Rank(other) != r {
+			atomic.AndUint64(&ranks[other], ^bit)
+		}
+	}
+}
+
+// Bury takes a listener out of the search. Its state stays, to be told.
 func (l *Listeners) Bury(slot uint32) {
-	live, bit := &l.live.values[slot/64], uint64(1)<<(slot%64)
-	setBit(&live.Active, bit, false)
-	setBit(&live.Draining, bit, false)
-}
-
-func setBit(word *uint64, bit uint64, on bool) {
-	if on {
-		atomic.OrUint64(word, bit)
-	} else {
-		atomic.AndUint64(word, ^bit)
+	ranks, bit := &l.live.values[slot/64].Ranks, uint64(1)<<(slot%64)
+	for r := range ranks {
+		atomic.AndUint64(&ranks[r], ^bit)
 	}
 }
 
