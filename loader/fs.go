@@ -44,12 +44,7 @@ func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS),
 // prepare mounts the bpffs if it is missing, and makes the directory of the
 // namespace.
 func (fs FS) prepare(netns uint64) error {
-	if !fs.mounted() {
-		if err := fs.mountBPFFS(); err != nil {
-			return err
-		}
-	}
-	if err := fs.writable(); err != nil {
+	if err := fs.MakeMount(); err != nil {
 		return err
 	}
 	for _, dir := range []string{fs.root(), fs.netnsDir(netns)} {

@@ -21,6 +21,7 @@ type Group struct {
 	state  *state
 	fresh  bool
 	joined []int
+	dir    os.FileInfo // of the state, if Open opened it
 	closed sync.Once
 }
 
@@ -39,11 +40,13 @@ func (fs FS) Open(key Key) (*Group, error) {
 		}
 		key.NetNS = own
 	}
+	// If it is replaced between the two, the handle is not current.
+	dir, _ := os.Stat(fs.groupDir(key))
 	s, err := fs.open(key)
 	if err != nil {
 		return nil, err
 	}
-	return &Group{fs: fs, key: key, state: s}, nil
+	return &Group{fs: fs, key: key, state: s, dir: dir}, nil
 }
 
 // Close gives back the group's descriptors and memory. The kernel keeps
