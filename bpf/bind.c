@@ -21,13 +21,8 @@
  * what was missed.
  */
 #include <stdbool.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
 
-#define AF_INET 2
-#define IPPROTO_TCP 6
-#define IPPROTO_UDP 17
+#include "event.h"
 
 /* As in asm-generic/socket.h. */
 #define SOL_SOCKET 1
@@ -37,8 +32,6 @@
 
 #define LEAVE -1
 #define IFNAMSIZ 16
-
-#define RING_SIZE (256 * 1024) /* some 3600 reports */
 
 /* Which binds match. An IPv4 address is in its IPv6 form, ::ffff:a.b.c.d. */
 const volatile __u16 match_port;    /* 0: every port but 0 */
@@ -52,47 +45,6 @@ const volatile int reuseaddr = LEAVE;
 const volatile char device[IFNAMSIZ]; /* "": leave */
 
 const volatile bool trace; /* report each bind as well */
-
-struct event {
-	__u64 cookie;
-	__u32 pid;    /* who called bind(), in the initial pid namespace */
-	__s32 error;  /* of a bind: 0, or why the last option could not be set */
-	__u32 option; /* of a bind: that option, SO_... */
-	__u16 port;
-	__u8 protocol;
-	__u8 binding;  /* 1: about to bind; 0: bound (UDP) or listening (TCP) */
-	__u32 addr[4]; /* network order, IPv4 as ::ffff:a.b.c.d */
-	__u32 family;
-	__u8 command[16];
-	__u8 pad[4];
-};
-
-_Static_assert(sizeof(struct event) == 64, "struct event has no padding");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, RING_SIZE);
-} events SEC(".maps");
-
-/* On each socket that matched: who bound it. TCP's hook cannot tell before 6.10. */
-struct binder {
-	__u32 pid;
-	__u8 command[16];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct binder);
-} binders SEC(".maps");
-
-static __noinline void report(struct event *e, const struct binder *b)
-{
-	e->pid = b->pid;
-	__builtin_memcpy(e->command, b->command, sizeof(e->command));
-	bpf_ringbuf_output(&events, e, sizeof(*e), 0);
-}
 
 /* Sets the options one after the other, until one fails. */
 static __always_inline bool set_options(struct bpf_sock_addr *ctx, struct event *e)
@@ -128,7 +80,7 @@ static __always_inline bool set_options(struct bpf_sock_addr *ctx, struct event 
  */
 static __always_inline int force(struct bpf_sock_addr *ctx, struct event *e)
 {
-	struct binder b = {}, *stored;
+	struct binder b = {};
 	bool ok;
 
 	e->protocol = ctx->protocol;
@@ -145,8 +97,8 @@ static __always_inline int force(struct bpf_sock_addr *ctx, struct event *e)
 
 	ok = set_options(ctx, e);
 
-	b.pid = bpf_get_current_pid_tgid() >> 32;
-	bpf_get_current_comm(b.command, sizeof(b.command));
+	b.netns_cookie = bpf_get_netns_cookie(ctx);
+	binder_of_now(&b);
 	if (trace) {
 		e->binding = 1;
 		e->family = ctx->family;
@@ -155,11 +107,8 @@ static __always_inline int force(struct bpf_sock_addr *ctx, struct event *e)
 	}
 	if (!ok)
 		return 0;
-	if (ctx->sk) {
-		stored = bpf_sk_storage_get(&binders, ctx->sk, &b, BPF_SK_STORAGE_GET_F_CREATE);
-		if (stored)
-			*stored = b; /* a socket may bind more than once, if the first fails */
-	}
+	if (ctx->sk)
+		keep_binder(ctx->sk, &b);
 	return 1;
 }
 
@@ -168,8 +117,7 @@ int rpsel_bind4(struct bpf_sock_addr *ctx)
 {
 	struct event e = {};
 
-	e.addr[2] = bpf_htonl(0xffff);
-	e.addr[3] = ctx->user_ip4;
+	set_ip4(&e, ctx->user_ip4);
 	return force(ctx, &e);
 }
 
@@ -190,14 +138,11 @@ static __always_inline void bound(struct bpf_sock *sk, struct event *e)
 {
 	struct binder *b;
 
-	if (sk->protocol != IPPROTO_UDP)
+	if (e->protocol != IPPROTO_UDP)
 		return;
 	b = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	if (!b)
 		return;
-	e->protocol = IPPROTO_UDP;
-	e->family = sk->family;
-	e->port = sk->src_port;
 	e->cookie = bpf_get_socket_cookie(sk);
 	report(e, b);
 }
@@ -207,8 +152,7 @@ int rpsel_post_bind4(struct bpf_sock *sk)
 {
 	struct event e = {};
 
-	e.addr[2] = bpf_htonl(0xffff);
-	e.addr[3] = sk->src_ip4;
+	describe_bound4(&e, sk);
 	bound(sk, &e);
 	return 1;
 }
@@ -218,10 +162,7 @@ int rpsel_post_bind6(struct bpf_sock *sk)
 {
 	struct event e = {};
 
-	e.addr[0] = sk->src_ip6[0];
-	e.addr[1] = sk->src_ip6[1];
-	e.addr[2] = sk->src_ip6[2];
-	e.addr[3] = sk->src_ip6[3];
+	describe_bound6(&e, sk);
 	bound(sk, &e);
 	return 1;
 }
@@ -234,31 +175,13 @@ int rpsel_listen(struct bpf_sock_ops *ctx)
 {
 	struct event e = {};
 	struct binder *b;
-	__u32 ip4;
 
 	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || !ctx->sk)
 		return 1;
 	b = bpf_sk_storage_get(&binders, ctx->sk, NULL, 0);
 	if (!b)
 		return 1;
-	e.protocol = IPPROTO_TCP;
-	e.family = ctx->family;
-	e.port = ctx->local_port;
-	e.cookie = bpf_get_socket_cookie(ctx);
-	if (ctx->family == AF_INET) {
-		ip4 = ctx->local_ip4;
-		/* Or clang makes one load of both branches', which needs ctx plus a
-		 * variable; the verifier takes constants only.
-		 */
-		asm volatile("" : "+r"(ip4));
-		e.addr[2] = bpf_htonl(0xffff);
-		e.addr[3] = ip4;
-	} else {
-		e.addr[0] = ctx->local_ip6[0];
-		e.addr[1] = ctx->local_ip6[1];
-		e.addr[2] = ctx->local_ip6[2];
-		e.addr[3] = ctx->local_ip6[3];
-	}
+	describe_listener(&e, ctx);
 	report(&e, b);
 	return 1;
 }

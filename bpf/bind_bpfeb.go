@@ -14,24 +14,11 @@ import (
 )
 
 type BindBinder struct {
-	_       structs.HostLayout
-	Pid     uint32
-	Command [16]uint8
-}
-
-type BindEvent struct {
-	_        structs.HostLayout
-	Cookie   uint64
-	Pid      uint32
-	Error    int32
-	Option   uint32
-	Port     uint16
-	Protocol uint8
-	Binding  uint8
-	Addr     [4]uint32
-	Family   uint32
-	Command  [16]uint8
-	Pad      [4]uint8
+	_           structs.HostLayout
+	NetnsCookie uint64
+	Pid         uint32
+	Command     [16]uint8
+	Pad         [4]uint8
 }
 
 // Names of all BPF objects in the ELF.

@@ -226,6 +226,7 @@ struct placed {
 
 /* What to report; 0 is any. Variables, so that one loaded program serves all. */
 __u64 filter_netns;
+__u32 filter_pid; /* in the reader's pid namespace */
 __u16 filter_port;
 __u8 filter_protocol;
 
@@ -349,6 +350,8 @@ int rpsel_find(struct bpf_iter__task_file *ctx)
 	__u64 user_data;
 
 	if (!task || !file || task->pid != task->tgid)
+		return 0;
+	if (filter_pid && pid_seen_from_here(task) != filter_pid)
 		return 0;
 	socket = bpf_sock_from_file(file);
 	if (!socket)

@@ -64,6 +64,7 @@ const (
 	FindMapMembers        = "members"
 	FindProgRpselFind     = "rpsel_find"
 	FindVarFilterNetns    = "filter_netns"
+	FindVarFilterPid      = "filter_pid"
 	FindVarFilterPort     = "filter_port"
 	FindVarFilterProtocol = "filter_protocol"
 	FindVarUsedMembers    = "used_members"
@@ -127,6 +128,7 @@ type FindMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FindVariableSpecs struct {
 	FilterNetns    *ebpf.VariableSpec `ebpf:"filter_netns"`
+	FilterPid      *ebpf.VariableSpec `ebpf:"filter_pid"`
 	FilterPort     *ebpf.VariableSpec `ebpf:"filter_port"`
 	FilterProtocol *ebpf.VariableSpec `ebpf:"filter_protocol"`
 	UsedMembers    *ebpf.VariableSpec `ebpf:"used_members"`
@@ -168,6 +170,7 @@ func (m *FindMaps) Close() error {
 // It can be passed to LoadFindObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FindVariables struct {
 	FilterNetns    *ebpf.Variable `ebpf:"filter_netns"`
+	FilterPid      *ebpf.Variable `ebpf:"filter_pid"`
 	FilterPort     *ebpf.Variable `ebpf:"filter_port"`
 	FilterProtocol *ebpf.Variable `ebpf:"filter_protocol"`
 	UsedMembers    *ebpf.Variable `ebpf:"used_members"`

@@ -93,50 +93,134 @@ func (g *Group) change(f func(now uint32) error) error {
 // the group has settled. No existing flow moves. A socket that has a slot keeps
 // it. Register borrows conn; the slot becomes empty when its socket closes.
 //
+// The group's record names the process that conn says it was borrowed from, by
+// a method Holder like the one of sockets.Conn, else the calling one.
+//
 // Errors: sockets.ErrOtherGroup, sockets.ErrOtherUID, ErrNotAttached (also when
 // all sockets of the group had closed: then Attach it again), ErrUnregistrable,
 // ErrFull, ErrLocked.
 func (g *Group) Register(conn syscall.Conn) (slot int, err error) {
-	if err := sockets.SameGroup(conn, g.key); err != nil {
-		return 0, fmt.Errorf("register with %s: %w", g.key, err)
-	}
-	cookie, err := sockets.Cookie(conn)
+	registered, err := g.RegisterAll([]syscall.Conn{conn})
 	if err != nil {
 		return 0, err
 	}
-	err = g.change(func(now uint32) error {
-		registered, err := g.state.registered()
-		if err != nil {
-			return err
+	return registered[0].Slot, registered[0].Err
+}
+
+// Registration is what became of one socket.
+type Registration struct {
+	Slot int
+	// Err is why the socket has no slot, or nil.
+	Err error
+}
+
+// RegisterAll is Register for sockets that came at the same time: it takes
+// about as long as for one. The answers are in the order of conns. One that
+// cannot be registered does not keep the others from it.
+//
+// Errors, for all of them: ErrNotAttached, ErrLocked. In Registration.Err:
+// sockets.ErrOtherGroup, sockets.ErrOtherUID, ErrUnregistrable, ErrFull.
+func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
+	answers := make([]Registration, len(conns))
+	cookies := make([]uint64, len(conns))
+	for i, conn := range conns {
+		if err := sockets.SameGroup(conn, g.key); err != nil {
+			answers[i].Err = fmt.Errorf("register with %s: %w", g.key, err)
+		} else if cookies[i], err = sockets.Cookie(conn); err != nil {
+			answers[i].Err = err
 		}
-		if at, ok := registered[cookie]; ok {
-			slot = int(at)
-			return nil
-		}
-		p, err := makePlan(g.key, conn, g.state, Options{Partial: true, Replace: true})
-		if err != nil {
-			return err
-		}
-		if !p.Attached {
-			return fmt.Errorf("%s: %w: its last socket had closed: attach it again", g.key, ErrNotAttached)
-		}
-		same := func(m sockets.Socket) bool { return m.Cookie == cookie }
-		if i := slices.IndexFunc(p.Skipped, func(u Unregistered) bool { return same(u.Socket) }); i >= 0 {
-			return fmt.Errorf("%s: %w: %w", g.key, ErrUnregistrable, p.Skipped[i].Reason)
-		}
+	}
+	if !slices.ContainsFunc(answers, func(r Registration) bool { return r.Err == nil }) {
+		return answers, nil
+	}
+	err := g.change(func(now uint32) error {
 		records, err := g.state.listeners.Records()
 		if err != nil {
 			return err
 		}
-		member := p.Register[slices.IndexFunc(p.Register, same)]
-		at, err := g.state.seat(member, conn, now, records)
+		registered, err := g.state.registered()
 		if err != nil {
 			return err
 		}
-		slot = int(at)
-		return g.state.activate(now, at)
+		own, err := g.ownDescriptors()
+		if err != nil {
+			return err
+		}
+		members := make([]sockets.Socket, len(conns))
+		for i, conn := range conns {
+			if _, ok := registered[cookies[i]]; ok || answers[i].Err != nil {
+				continue
+			}
+			members[i], answers[i].Err = g.member(own, conn, cookies[i])
+			if errors.Is(answers[i].Err, ErrNotAttached) {
+				return answers[i].Err
+			}
+		}
+		var fresh []uint32
+		for i, conn := range conns {
+			if answers[i].Err != nil {
+				continue
+			}
+			at, ok := registered[cookies[i]]
+			if !ok {
+				if at, answers[i].Err = g.state.seat(members[i], conn, now, records); answers[i].Err != nil {
+					continue
+				}
+				registered[cookies[i]] = at
+				fresh = append(fresh, at)
+			}
+			answers[i].Slot = int(at)
+		}
+		if len(fresh) == 0 {
+			return nil
+		}
+		return g.state.activate(now, fresh...)
 	})
-	return slot, err
+	if err != nil {
+		return nil, err
+	}
+	return answers, nil
+}
+
+// ownDescriptors finds the groups of the group's key by the descriptors of this
+// process: its own sockets, and those it has borrowed.
+func (g *Group) ownDescriptors() ([]sockets.Group, error) {
+	return sockets.Find(sockets.Query{
+		NetNS: g.key.NetNS, Proto: g.key.Proto, Port: g.key.Addr.Port(), Addr: g.key.Addr.Addr(), PID: os.Getpid(),
+	})
+}
+
+// member looks for the socket among the members of the group that the program
+// picks for.
+func (g *Group) member(own []sockets.Group, conn syscall.Conn, cookie uint64) (sockets.Socket, error) {
+	for _, live := range own {
+		i := slices.IndexFunc(live.Members, func(m sockets.Socket) bool { return m.Cookie == cookie })
+		if live.Key != g.key || i < 0 {
+			continue
+		}
+		attached, err := g.state.attached(live)
+		if err != nil {
+			return sockets.Socket{}, err
+		}
+		if !attached {
+			break
+		}
+		m := live.Members[i]
+		if err := m.Check(); err != nil {
+			return m, fmt.Errorf("%s: %w: %w", g.key, ErrUnregistrable, err)
+		}
+		if borrowed, ok := conn.(interface{ Holder() (sockets.Holder, bool) }); ok {
+			if h, ok := borrowed.Holder(); ok {
+				m.Holders = []sockets.Holder{h}
+			}
+		}
+		return m, nil
+	}
+	// It is in no group, or in another than the one that was attached.
+	if _, err := makePlan(g.key, conn, g.state, Options{Partial: true, Replace: true}); err != nil {
+		return sockets.Socket{}, err
+	}
+	return sockets.Socket{}, fmt.Errorf("%s: %w: its last socket had closed: attach it again", g.key, ErrNotAttached)
 }
 
 // Drain ends new flows for the listener in a slot. It keeps those it has, and

@@ -111,19 +111,18 @@ func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 		return p, err
 	}
 	if s != nil {
-		own, err := s.RpselSelect.Info()
-		if err != nil {
+		if p.Attached, err = s.attached(p.group); err != nil {
 			return p, err
 		}
-		id, _ := own.ID()
-		p.Attached = p.group.HasProgram && p.group.Program == uint32(id)
 		if !p.Attached {
 			// One state serves one group.
 			other, err := liveGroup(key)
 			if err != nil {
 				return p, err
 			}
-			if other.HasProgram && other.Program == uint32(id) {
+			if second, err := s.attached(other); err != nil {
+				return p, err
+			} else if second {
 				return p, fmt.Errorf("%s: %w: %s is in a second group of this address, since it bound beside a connected socket: restart it",
 					key, ErrUnregistrable, describe(p.group.Members[len(p.group.Members)-1]))
 			}
@@ -163,6 +162,16 @@ func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 			key, ErrUnregistrable)
 	}
 	return p, nil
+}
+
+// attached tells whether the state's program picks for a live group.
+func (s *state) attached(live sockets.Group) (bool, error) {
+	info, err := s.RpselSelect.Info()
+	if err != nil {
+		return false, err
+	}
+	id, _ := info.ID()
+	return live.HasProgram && live.Program == uint32(id), nil
 }
 
 // findGroup finds the live group of a key by one of its members.

@@ -21,8 +21,9 @@ import (
 // A Conn never touches the socket's O_NONBLOCK state, which its server shares,
 // nor the Go poller. All methods may be called concurrently.
 type Conn struct {
-	mu sync.RWMutex
-	fd int // -1: closed
+	holder Holder
+	mu     sync.RWMutex
+	fd     int // -1: closed
 }
 
 // Take borrows the socket with this cookie through the holder's descriptor.
@@ -51,7 +52,7 @@ func Take(h Holder, cookie uint64) (*Conn, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%s: pidfd_getfd: %w", h, err)
 	}
-	c := &Conn{fd: fd}
+	c := &Conn{holder: h, fd: fd}
 	if now, err := Cookie(c); err != nil || now != cookie {
 		c.Close()
 		return nil, fmt.Errorf("%s: %w: descriptor %d is another file now", h, ErrGone, h.FD)
@@ -68,6 +69,9 @@ func traceError() error {
 	}
 	return permission("take socket", capPtrace)
 }
+
+// Holder tells whom the socket was borrowed from, also after Close.
+func (c *Conn) Holder() (Holder, bool) { return c.holder, true }
 
 // Close gives the descriptor back. Only the first call does something.
 func (c *Conn) Close() error {

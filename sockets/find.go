@@ -31,6 +31,10 @@ type Query struct {
 	Port uint16
 	// Addr is the exact local address; invalid means every address.
 	Addr netip.Addr
+	// PID is the only process to look into, in the caller's pid namespace, or
+	// 0 for all. Groups then still have all their members, those that only
+	// others hold as unseen ones. It is much cheaper than a look into all.
+	PID int
 }
 
 // Group is a kernel reuseport group, or a socket that is in none.
@@ -203,7 +207,7 @@ func (f *finder) find(q Query) ([]Group, error) {
 		if err != nil {
 			return nil, err
 		}
-		groups, settled := assemble(records, members)
+		groups, settled := assemble(records, members, q.PID != 0)
 		if settled || reads == maxReads {
 			return groups, nil
 		}
@@ -244,6 +248,7 @@ func (f *finder) read(q Query) ([]bpf.FindRecord, []bpf.FindMember, error) {
 func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 	err := errors.Join(
 		f.objects.FilterNetns.Set(q.NetNS),
+		f.objects.FilterPid.Set(uint32(q.PID)),
 		f.objects.FilterPort.Set(q.Port),
 		f.objects.FilterProtocol.Set(uint8(q.Proto)),
 		f.objects.UsedMembers.Set(uint32(0)),
@@ -360,7 +365,8 @@ const (
 // assemble makes groups of one session of the iterator. They are settled if
 // nothing suggests that another session would say more: each member of a
 // group was seen in a process, under the same cookie, and the other way round.
-func assemble(records []bpf.FindRecord, members []bpf.FindMember) (groups []Group, settled bool) {
+// In a part of the processes it need not have been seen.
+func assemble(records []bpf.FindRecord, members []bpf.FindMember, part bool) (groups []Group, settled bool) {
 	settled = true
 	inGroup := map[uint64][]bpf.FindRecord{}
 	alone := map[uint64][]bpf.FindRecord{}
@@ -391,7 +397,7 @@ func assemble(records []bpf.FindRecord, members []bpf.FindMember) (groups []Grou
 			case len(held) == 0:
 				g.Members = append(g.Members, Socket{Cookie: m.Cookie})
 				g.Unseen++
-				settled = false
+				settled = settled && part
 			case held[0].Cookie != m.Cookie && !mptcp:
 				settled = false
 				fallthrough

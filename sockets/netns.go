@@ -45,6 +45,81 @@ func OpenNetNS(spec string) (*NetNS, error) {
 	return n, nil
 }
 
+// NetNSes opens the network namespaces that can be seen from here, each once:
+// the caller's own first, then those of processes and those that are mounted
+// somewhere (ip-netns(8), containers), as far as the caller may enter them. One
+// that only threads, descriptors or sockets keep is not listed. The caller
+// closes them.
+//
+// Errors: ErrPermission without CAP_SYS_ADMIN or CAP_SYS_PTRACE, if there is
+// another one than the caller's own.
+func NetNSes() (_ []*NetNS, err error) {
+	var all []*NetNS
+	defer func() {
+		if err != nil {
+			for _, n := range all {
+				n.Close()
+			}
+		}
+	}()
+	seen := map[uint64]bool{}
+	add := func(path string) error {
+		var stat unix.Stat_t
+		if unix.Stat(path, &stat) == nil && seen[stat.Ino] {
+			return nil
+		}
+		n, err := openNetNS(path)
+		if errors.Is(err, ErrNoNetNS) {
+			return nil // gone meanwhile, or something else
+		}
+		if err != nil {
+			return fmt.Errorf("network namespace %s: %w", path, err)
+		}
+		if seen[n.inode] {
+			return n.Close()
+		}
+		seen[n.inode] = true
+		all = append(all, n)
+		return nil
+	}
+	if err := add("/proc/thread-self/ns/net"); err != nil {
+		return nil, err
+	}
+	processes, err := filepath.Glob("/proc/[0-9]*/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := mountedNetNSes()
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range append(processes, mounted...) {
+		if err := add(path); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// mountedNetNSes lists where network namespaces are mounted.
+func mountedNetNSes() ([]string, error) {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	// As fs/proc_namespace.c mangle writes it.
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	var paths []string
+	for line := range strings.Lines(string(text)) {
+		// 41 31 0:4 net:[4026532256] /run/netns/blue rw shared:9 - nsfs nsfs rw
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.HasPrefix(f[3], "net:[") {
+			paths = append(paths, unescape.Replace(f[4]))
+		}
+	}
+	return paths, nil
+}
+
 func openNetNS(path string) (*NetNS, error) {
 	// O_NONBLOCK: the path may name a FIFO.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/force"
+	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -67,7 +68,7 @@ then on.`,
 				if command.User != "" {
 					return usageError("run --cgroup takes no --user: it starts nothing")
 				}
-				return runError(watch(e, where, &s, *settings))
+				return runError(watchCgroup(e, where, &s, *settings))
 			}
 			if len(args) == 0 {
 				return usageError(`run needs a command: see "rpsel run --help"`)
@@ -124,8 +125,8 @@ func newReapCmd(e *env) *cobra.Command {
 	return cmd
 }
 
-// watch is run --cgroup.
-func watch(e *env, dir string, s *scope, settings force.Settings) error {
+// watchCgroup is run --cgroup.
+func watchCgroup(e *env, dir string, s *scope, settings force.Settings) error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	forced := ""
@@ -158,7 +159,7 @@ func runError(err error) error {
 // listenerHandler registers listeners, and says so if it is given what was
 // forced on their binds.
 func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
-	say := func(event force.Event, format string, args ...any) {
+	say := func(event watch.Event, format string, args ...any) {
 		if forced != "" {
 			e.say("rpsel: %s: "+format, append([]any{event}, args...)...)
 		}
@@ -171,8 +172,8 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 				_, _ = sockets.Find(sockets.Query{NetNS: keys[0].NetNS, Proto: keys[0].Proto, Port: keys[0].Addr.Port()})
 			}
 		},
-		Listening: func(events []force.Event) {
-			registerAll(fs, events, func(event force.Event, slot int, err error) {
+		Listening: func(events []watch.Event) {
+			registerAll(fs, events, func(event watch.Event, slot int, err error) {
 				if err != nil {
 					say(event, "not registered: %s", errorText(err, false))
 				} else {
@@ -180,7 +181,7 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 				}
 			})
 		},
-		Binding: func(event force.Event, err error) {
+		Binding: func(event watch.Event, err error) {
 			if err != nil {
 				say(event, "%v: bind refused", err)
 			} else {
@@ -192,7 +193,7 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 
 // registerAll registers the listeners that belong to an attached group, and
 // reports on those.
-func registerAll(fs loader.FS, events []force.Event, report func(force.Event, int, error)) {
+func registerAll(fs loader.FS, events []watch.Event, report func(watch.Event, int, error)) {
 	r := registrar{fs: fs, found: map[place][]sockets.Group{}, opened: map[loader.Key]*loader.Group{}}
 	defer r.close()
 	keys, err := fs.Keys(0)
@@ -229,7 +230,7 @@ func (r *registrar) close() {
 }
 
 // register registers one listener.
-func (r *registrar) register(event force.Event) (slot int, err error) {
+func (r *registrar) register(event watch.Event) (slot int, err error) {
 	group, socket, err := r.find(event)
 	if err != nil {
 		return 0, err
@@ -278,7 +279,7 @@ func (r *registrar) attachAgain(conn *sockets.Conn) (slot int, err error) {
 }
 
 // find finds a listener and its group.
-func (r *registrar) find(event force.Event) (group sockets.Group, socket sockets.Socket, err error) {
+func (r *registrar) find(event watch.Event) (group sockets.Group, socket sockets.Socket, err error) {
 	at := place{event.Proto, event.Addr.Port()}
 	if _, ok := r.found[at]; !ok {
 		if r.found[at], err = sockets.Find(sockets.Query{Proto: at.proto, Port: at.port}); err != nil {

@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,22 +19,32 @@ import (
 // directory is given by way of the root of an ancestor process.
 //
 // Errors: ErrNoCgroup2, ErrOutside.
-func Own() (string, error) {
-	dir, err := own("/proc/self/mountinfo", "")
+func Own() (string, error) { return visible(locate) }
+
+// Root returns the highest directory of the cgroup2 file system that can be
+// seen, as Own does: the root of the hierarchy, in a container usually the root
+// of the cgroup namespace.
+//
+// Errors: ErrNoCgroup2, ErrOutside.
+func Root() (string, error) { return visible(highest) }
+
+// visible looks for a directory among the caller's mounts, then among those of
+// its ancestors.
+func visible(in func(cgroups, mountinfo string) ([]string, error)) (string, error) {
+	dir, err := visibleOf("/proc/self/mountinfo", "", in)
 	if err == nil {
 		return dir, nil
 	}
 	for _, root := range ancestor.Roots() {
-		if found, otherErr := own(filepath.Join(filepath.Dir(root), "mountinfo"), root); otherErr == nil {
+		if found, otherErr := visibleOf(filepath.Join(filepath.Dir(root), "mountinfo"), root, in); otherErr == nil {
 			return found, nil
 		}
 	}
 	return "", err
 }
 
-// own finds the calling process's cgroup among the mounts of a process, whose
-// root directory is root.
-func own(mountinfo, root string) (string, error) {
+// visibleOf looks among the mounts of a process, whose root directory is root.
+func visibleOf(mountinfo, root string, in func(cgroups, mountinfo string) ([]string, error)) (string, error) {
 	cgroups, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return "", err
@@ -42,7 +53,7 @@ func own(mountinfo, root string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	dirs, err := locate(string(cgroups), string(mounts))
+	dirs, err := in(string(cgroups), string(mounts))
 	if err != nil {
 		return "", err
 	}
@@ -56,12 +67,37 @@ func own(mountinfo, root string) (string, error) {
 	return "", fmt.Errorf("%s: %w: another file system is mounted over it", dirs[0], ErrOutside)
 }
 
+const howToMount = "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
+
+// highest lists the mount points of cgroup2 in the text of
+// /proc/self/mountinfo, the highest first, and never none without an error.
+// Whether they are writable does not matter: programs can be attached all the
+// same.
+func highest(_, mountinfo string) ([]string, error) {
+	var mounts []mount
+	for line := range strings.Lines(mountinfo) {
+		m, ok := parseMount(line)
+		// A part beside the cgroup namespace is above nothing that counts.
+		if ok && (!strings.HasPrefix(m.root, "/..") || strings.Trim(m.root, "/.") == "") {
+			mounts = append(mounts, m)
+		}
+	}
+	if len(mounts) == 0 {
+		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howToMount)
+	}
+	slices.SortStableFunc(mounts, func(a, b mount) int { return cmp.Compare(a.depth(), b.depth()) })
+	dirs := make([]string, 0, len(mounts))
+	for _, m := range mounts {
+		dirs = append(dirs, m.point)
+	}
+	return dirs, nil
+}
+
 // locate finds the caller's cgroup in the texts of /proc/self/cgroup and
 // /proc/self/mountinfo (cgroups(7), proc_pid_mountinfo(5)). It gives all places
 // where the cgroup is visible, writable ones first, and never none without an
 // error.
 func locate(cgroups, mountinfo string) ([]string, error) {
-	const howto = "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
 	own, mounted := "", false
 	for line := range strings.Lines(cgroups) {
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
@@ -69,7 +105,7 @@ func locate(cgroups, mountinfo string) ([]string, error) {
 		}
 	}
 	if !mounted {
-		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howto)
+		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howToMount)
 	}
 
 	var writable, readOnly []string
@@ -92,11 +128,11 @@ func locate(cgroups, mountinfo string) ([]string, error) {
 		}
 	}
 	if !mounted {
-		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howto)
+		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howToMount)
 	}
 	dirs := append(writable, readOnly...)
 	if len(dirs) == 0 {
-		return nil, fmt.Errorf("%s: %w of this cgroup namespace: %s", own, ErrOutside, howto)
+		return nil, fmt.Errorf("%s: %w of this cgroup namespace: %s", own, ErrOutside, howToMount)
 	}
 	return dirs, nil
 }
@@ -106,6 +142,22 @@ type mount struct {
 	root     string // the part, as this cgroup namespace names it
 	point    string
 	readOnly bool
+}
+
+// depth is how far below the root of the cgroup namespace the part is, negative
+// above it.
+func (m mount) depth() int {
+	depth := 0
+	for name := range strings.SplitSeq(strings.Trim(m.root, "/"), "/") {
+		switch name {
+		case "":
+		case "..":
+			depth--
+		default:
+			depth++
+		}
+	}
+	return depth
 }
 
 // parseMount reads a line of mountinfo; ok is false if it is of another file

@@ -1,12 +1,10 @@
 package force
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"syscall"
 
@@ -14,28 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
-	"github.com/rpsel/rpsel/sockets"
+	"github.com/rpsel/rpsel/internal/watch"
 )
-
-// Event is about one socket.
-type Event struct {
-	// Proto and Addr say what it is bound to, or is about to be.
-	Proto sockets.Proto
-	Addr  netip.AddrPort
-	// Cookie identifies the socket until the next boot (SO_COOKIE). That of an
-	// MPTCP socket is the one of the TCP socket below it.
-	Cookie uint64
-	// PID called bind(2). It is the process in the initial pid namespace.
-	PID int
-	// Command is the name of that process, up to 15 bytes.
-	Command string
-}
-
-// String renders an event as people write it, such as
-// "openvpn (pid 4711): udp 0.0.0.0:1194".
-func (e Event) String() string {
-	return fmt.Sprintf("%s (pid %d): %s %s", e.Command, e.PID, e.Proto, e.Addr)
-}
 
 // Handler is told what a command does with its sockets. Its functions are
 // called one after the other, by one goroutine, and none need be there. What
@@ -45,11 +23,11 @@ type Handler struct {
 	Start func()
 	// Listening gets sockets that can be registered now: UDP sockets that are
 	// bound, TCP sockets that listen. It gets all that have come up to then.
-	Listening func([]Event)
+	Listening func([]watch.Event)
 	// Binding gets each matching bind, before the kernel looks for a conflict,
 	// if the settings ask for it. The error says which option could not be set;
 	// the bind then fails with EPERM.
-	Binding func(Event, error)
+	Binding func(watch.Event, error)
 }
 
 // handle reads events until the context ends, and closes the reader.
@@ -60,7 +38,7 @@ func (h Handler) handle(ctx context.Context, r *ringbuf.Reader) error {
 		h.Start()
 	}
 	var record ringbuf.Record
-	var listening []Event
+	var listening []watch.Event
 	for {
 		err := r.ReadInto(&record)
 		if errors.Is(err, ringbuf.ErrClosed) {
@@ -69,11 +47,11 @@ func (h Handler) handle(ctx context.Context, r *ringbuf.Reader) error {
 		if err != nil {
 			return fmt.Errorf("read events: %w", err)
 		}
-		var raw bpf.BindEvent
+		var raw bpf.WatchEvent
 		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &raw); err != nil {
 			return fmt.Errorf("read events: %w", err)
 		}
-		event := eventOf(raw)
+		event := watch.EventOf(raw)
 		switch {
 		case raw.Binding == 0:
 			listening = append(listening, event)
@@ -89,31 +67,12 @@ func (h Handler) handle(ctx context.Context, r *ringbuf.Reader) error {
 	}
 }
 
-func eventOf(raw bpf.BindEvent) Event {
-	var addr [16]byte
-	for i, word := range raw.Addr {
-		binary.NativeEndian.PutUint32(addr[4*i:], word)
-	}
-	ip := netip.AddrFrom16(addr)
-	if raw.Family == unix.AF_INET {
-		ip = ip.Unmap()
-	}
-	command, _, _ := bytes.Cut(raw.Command[:], []byte{0})
-	return Event{
-		Proto:   sockets.Proto(raw.Protocol),
-		Addr:    netip.AddrPortFrom(ip, raw.Port),
-		Cookie:  raw.Cookie,
-		PID:     int(raw.Pid),
-		Command: string(command),
-	}
-}
-
 // optionError says which option could not be set.
-func optionError(raw bpf.BindEvent) error {
+func optionError(raw bpf.WatchEvent) error {
 	if raw.Error == 0 {
 		return nil
 	}
-	name := map[uint32]string{
+	name := map[uint16]string{
 		unix.SO_REUSEPORT:    "SO_REUSEPORT",
 		unix.SO_REUSEADDR:    "SO_REUSEADDR",
 		unix.SO_BINDTODEVICE: "SO_BINDTODEVICE",

@@ -22,6 +22,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/force"
 	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -230,9 +231,9 @@ func TestBindDeviceGone(t *testing.T) {
 	}
 	await(t, "the report", func() bool { return len(w.reports()) > 0 })
 	got := w.reports()[0]
-	got.Event.PID, got.Event.Cookie = 0, 0
+	got.Event.PID, got.Event.Cookie, got.Event.NetNS = 0, 0, 0
 	want := report{
-		Event:   force.Event{Proto: sockets.UDP, Addr: netip.MustParseAddrPort("127.0.0.1:7777"), Command: "server"},
+		Event:   watch.Event{Proto: sockets.UDP, Addr: netip.MustParseAddrPort("127.0.0.1:7777"), Command: "server"},
 		Binding: true, Err: "setsockopt SO_BINDTODEVICE: no such device",
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
@@ -432,8 +433,8 @@ func TestListening(t *testing.T) {
 	var want []report
 	expect := func(p *process) {
 		group, socket := w.socket(p)
-		want = append(want, report{Event: force.Event{
-			Proto: group.Proto, Addr: group.Addr, Cookie: socket.Cookie, PID: p.pid, Command: "server",
+		want = append(want, report{Event: watch.Event{
+			Proto: group.Proto, Addr: group.Addr, Cookie: socket.Cookie, NetNS: group.NetNS, PID: p.pid, Command: "server",
 		}})
 	}
 	var started []*process

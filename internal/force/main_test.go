@@ -28,6 +28,7 @@ import (
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/force"
 	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -76,7 +77,7 @@ type order struct {
 
 // report is a line of the log.
 type report struct {
-	Event   force.Event
+	Event   watch.Event
 	Binding bool
 	Err     string
 }
@@ -127,12 +128,12 @@ func logHandler(path string) force.Handler {
 	}
 	return force.Handler{
 		Start: func() { fmt.Fprintln(os.Stderr, "reaper started") },
-		Listening: func(events []force.Event) {
+		Listening: func(events []watch.Event) {
 			for _, e := range events {
 				write(report{Event: e})
 			}
 		},
-		Binding: func(e force.Event, err error) {
+		Binding: func(e watch.Event, err error) {
 			r := report{Event: e, Binding: true}
 			if err != nil {
 				r.Err = err.Error()

@@ -1,0 +1,161 @@
+package watch
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Port is where listeners are expected.
+type Port struct {
+	Proto sockets.Proto
+	Port  uint16
+}
+
+// key is what the programs know a Port by.
+func (p Port) key() uint32 { return uint32(p.Proto)<<16 | uint32(p.Port) }
+
+// Watcher is what Open attached. Its methods may be called concurrently, but
+// none after Close, and Run once at a time.
+type Watcher struct {
+	objects bpf.WatchObjects
+	links   io.Closer
+
+	mu    sync.Mutex
+	ports map[Port]bool // what the programs report
+}
+
+// Open attaches the programs to the cgroup at a path, or to the highest one
+// that can be seen (""). They watch no port yet. The kernel takes them off with
+// the Watcher, or when the process ends in whatever way. The caller closes it.
+//
+// Errors: sockets.ErrPermission, sockets.ErrUnsupported, and of package cgroup
+// ErrNoCgroup2, ErrOutside, ErrNotCgroup2 and ErrOccupied, which names the
+// program of another tool that leaves no place for ours.
+func Open(cgroupDir string) (*Watcher, error) {
+	if cgroupDir == "" {
+		root, err := cgroup.Root()
+		if err != nil {
+			return nil, fmt.Errorf("watch: %w", err)
+		}
+		cgroupDir = root
+	}
+	dir, err := cgroup.Open(cgroupDir)
+	if err != nil {
+		return nil, fmt.Errorf("watch: %w", err)
+	}
+	defer dir.Close()
+	w := &Watcher{ports: map[Port]bool{}}
+	if err := bpf.LoadWatchObjects(&w.objects, nil); err != nil {
+		return nil, loadError(err)
+	}
+	w.links, err = dir.Link([]cgroup.Program{
+		{Program: w.objects.RpselWatch4, Hook: ebpf.AttachCGroupInet4PostBind},
+		{Program: w.objects.RpselWatch6, Hook: ebpf.AttachCGroupInet6PostBind},
+		{Program: w.objects.RpselWatchListen, Hook: ebpf.AttachCGroupSockOps},
+	})
+	if err != nil {
+		w.objects.Close()
+		return nil, fmt.Errorf("watch: %w", err)
+	}
+	return w, nil
+}
+
+// loadError translates what the BPF library makes of a kernel's refusal.
+func loadError(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("load watch programs: %w without CAP_BPF and CAP_NET_ADMIN: run as root", sockets.ErrPermission)
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("load watch programs: %w: %v (Linux 5.14 or later is needed)", sockets.ErrUnsupported, err)
+	}
+	return fmt.Errorf("load watch programs: %w", err)
+}
+
+// SetPorts says which listeners are reported, instead of what was said before.
+// Nothing is missed on a port that is in both.
+func (w *Watcher) SetPorts(ports []Port) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	wanted := make(map[Port]bool, len(ports))
+	for _, p := range ports {
+		wanted[p] = true
+		if w.ports[p] {
+			continue
+		}
+		if err := w.objects.Ports.Put(p.key(), uint8(1)); err != nil {
+			return fmt.Errorf("watch %s %d: %w", p.Proto, p.Port, err)
+		}
+		w.ports[p] = true
+	}
+	for p := range w.ports {
+		if wanted[p] {
+			continue
+		}
+		if err := w.objects.Ports.Delete(p.key()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("watch %s %d no longer: %w", p.Proto, p.Port, err)
+		}
+		delete(w.ports, p)
+	}
+	return nil
+}
+
+// Run gives f all events that have come up to then, again and again, until the
+// context ends, which is no error. It calls f from one goroutine. What f does
+// not keep up with waits in a buffer of some 3600 events, also between two Runs.
+func (w *Watcher) Run(ctx context.Context, f func([]Event)) error {
+	r, err := ringbuf.NewReader(w.objects.Events)
+	if err != nil {
+		return fmt.Errorf("read events: %w", err)
+	}
+	defer r.Close()
+	defer context.AfterFunc(ctx, func() { r.Close() })()
+
+	var record ringbuf.Record
+	var events []Event
+	for {
+		err := r.ReadInto(&record)
+		if errors.Is(err, ringbuf.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read events: %w", err)
+		}
+		var raw bpf.WatchEvent
+		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &raw); err != nil {
+			return fmt.Errorf("read events: %w", err)
+		}
+		events = append(events, EventOf(raw))
+		if record.Remaining == 0 {
+			f(events)
+			events = nil
+		}
+	}
+}
+
+// Missed is how many events were dropped since Open because the buffer was full.
+func (w *Watcher) Missed() (uint64, error) {
+	var perCPU []uint64
+	if err := w.objects.Missed.Lookup(uint32(0), &perCPU); err != nil {
+		return 0, fmt.Errorf("read missed events: %w", err)
+	}
+	var sum uint64
+	for _, n := range perCPU {
+		sum += n
+	}
+	return sum, nil
+}
+
+// Close takes the programs off and ends a Run.
+func (w *Watcher) Close() error { return errors.Join(w.links.Close(), w.objects.Close()) }
