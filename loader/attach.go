@@ -25,14 +25,14 @@ const releasePatience = time.Second
 
 // Attach makes the reuseport group of conn sticky: it registers all members and
 // attaches the selection program. No flow moves. On a group that is attached
-// it registers what is new, and changes the times that are given.
+// it registers what is new, and changes the times and the owner that are given.
 //
 // It borrows conn, which may be any bound UDP socket or TCP listener with
 // SO_REUSEPORT, of any process and network namespace. The caller closes the
 // Group. Either all is done or nothing.
 //
-// Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrIncompatible,
-// ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS, sockets.ErrNoReuseport,
+// Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrOwner,
+// ErrIncompatible, ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS, sockets.ErrNoReuseport,
 // sockets.ErrGone.
 func Attach(conn syscall.Conn, o Options) (*Group, error) { return DefaultFS.Attach(conn, o) }
 
@@ -91,6 +91,7 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 		limits.New = seconds(o.IdleNew)
 	}
 	s.config.SetLimits(limits)
+	s.setOwner(o)
 	return g, nil
 }
 

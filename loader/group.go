@@ -65,6 +65,29 @@ func (g *Group) Fresh() bool { return g.fresh }
 // Joined lists the slots that the Attach that returned the group filled.
 func (g *Group) Joined() []int { return slices.Clone(g.joined) }
 
+// Owner returns the user whose processes may register sockets of the group
+// through the agent. It reports false if there is none.
+func (g *Group) Owner() (uid uint32, ok bool) { return g.state.config.Owner() }
+
+// Slot returns the slot of a socket. It borrows conn.
+//
+// Errors: ErrNoListener.
+func (g *Group) Slot(conn syscall.Conn) (int, error) {
+	cookie, err := sockets.Cookie(conn)
+	if err != nil {
+		return 0, err
+	}
+	registered, err := g.state.registered()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", g.key, err)
+	}
+	slot, ok := registered[cookie]
+	if !ok {
+		return 0, fmt.Errorf("%s: socket %d: %w: register it first", g.key, cookie, ErrNoListener)
+	}
+	return int(slot), nil
+}
+
 // change runs f with the namespace's lock held, on the state as it should be
 // after the listeners that died since.
 func (g *Group) change(f func(now uint32) error) error {

@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/rpsel/rpsel/sockets"
@@ -43,6 +44,8 @@ var (
 	ErrPermission = sockets.ErrPermission
 	// ErrUnsupported: this kernel lacks a feature.
 	ErrUnsupported = sockets.ErrUnsupported
+	// ErrOwner: Options.Owner is not the user of the group's sockets.
+	ErrOwner = errors.New("the owner has to be the user of the group's sockets")
 	// ErrFull: all slots of the group are taken.
 	ErrFull = errors.New("all slots are taken")
 )
@@ -62,6 +65,9 @@ const (
 	// tell longer silences from the future.
 	MaxIdle = 30 * 24 * time.Hour
 )
+
+// NoOwner is no user's number: with it, Options.Owner takes the owner back.
+const NoOwner uint32 = math.MaxUint32
 
 // Options say how a group is attached. The zero value is what most want.
 type Options struct {
@@ -85,6 +91,20 @@ type Options struct {
 	// Replace takes the place of another selection program on the group, also
 	// if that alone keeps a socket array with the group's sockets. Flows move.
 	Replace bool
+	// Owner is the user whose processes may register sockets of the group
+	// through the agent (package agent), without a capability of their own. It
+	// has to be the user of the group's sockets, or NoOwner. Nil leaves the
+	// owner as it is: nobody, at the first attach.
+	Owner *uint32
+}
+
+// CheckOwner refuses, with ErrOwner, an owner that is not the user of the
+// group's sockets: no socket of his could be in the group.
+func (o Options) CheckOwner(key Key) error {
+	if o.Owner == nil || *o.Owner == NoOwner || *o.Owner == key.UID {
+		return nil
+	}
+	return fmt.Errorf("%s: owner %d: %w: name uid %d, or start the servers as uid %d", key, *o.Owner, ErrOwner, key.UID, *o.Owner)
 }
 
 // withDefaults checks the options and fills in the defaults.

@@ -78,6 +78,9 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
+	if err := o.CheckOwner(key); err != nil {
+		return Plan{}, err
+	}
 	s, err := fs.open(key)
 	if errors.Is(err, ErrNotAttached) {
 		return makePlan(key, conn, nil, o)

@@ -129,6 +129,13 @@ func (s *state) settle(now uint32, d time.Duration) {
 	s.config.Wait(maps.Settling, now, settledAt(now, d))
 }
 
+// setOwner changes the owner, if the options say so.
+func (s *state) setOwner(o Options) {
+	if o.Owner != nil {
+		s.config.SetOwner(*o.Owner, *o.Owner != NoOwner)
+	}
+}
+
 // create loads a program with maps of its own for a group that has members
 // members.
 func create(key Key, members int, o Options) (_ *state, err error) {
@@ -187,6 +194,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.Attached = now
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
+	s.setOwner(o)
 	s.settle(now, o.Settle)
 	return s, nil
 }

@@ -59,6 +59,9 @@ type Status struct {
 	Attached                  bool
 	Policy, Affinity, Confirm string
 	Idle, IdleNew             time.Duration
+	// Owner is the user whose processes may register through the agent; nil:
+	// nobody.
+	Owner *uint32
 	// Settling is how much longer the group settles.
 	Settling                       time.Duration
 	Tracked, Established, Capacity int
@@ -90,6 +93,9 @@ func (g *Group) Status() (Status, error) {
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second
+	if uid, ok := g.Owner(); ok {
+		status.Owner = &uid
+	}
 	if waiting, left := s.config.Waiting(now); waiting == maps.Settling {
 		// The last second has begun already, see settledAt.
 		status.Settling = time.Duration(max(1, left-1)) * time.Second

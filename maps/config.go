@@ -51,6 +51,24 @@ func (c *Config) SetLimits(l Limits) {
 	atomic.StoreUint32(&v.Idle, l.Established)
 }
 
+// Owner returns the user whose processes may register through the agent. It
+// reports false if there is none.
+func (c *Config) Owner() (uid uint32, ok bool) {
+	v := c.Values()
+	return atomic.LoadUint32(&v.Owner), atomic.LoadUint32(&v.HasOwner) != 0
+}
+
+// SetOwner changes the owner.
+func (c *Config) SetOwner(uid uint32, ok bool) {
+	v := c.Values()
+	atomic.StoreUint32(&v.HasOwner, 0)
+	atomic.StoreUint32(&v.Owner, 0)
+	if ok {
+		atomic.StoreUint32(&v.Owner, uid)
+		atomic.StoreUint32(&v.HasOwner, 1)
+	}
+}
+
 // Waiting is what a group waits for (enum waiting in bpf/rpsel.h).
 type Waiting uint32
 

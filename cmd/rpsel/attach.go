@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -23,12 +24,16 @@ func newAttachCmd(e *env) *cobra.Command {
 sockets and attach the selection program. No flow moves. On a group that is
 attached, register what is new.
 
+With --owner, processes of the servers' user may register their own sockets
+through "rpsel agent", without a capability; "--owner none" takes that back.
+
 All groups are checked before one is changed. If one then fails, those that were
 attached before it are detached again.`,
 		Example: `  rpsel attach --port 1194 --dry-run
   rpsel attach --port 1194
   rpsel attach --port 5300 --adopt
-  rpsel attach --port 1194 --flows 1000000 --idle 10m`,
+  rpsel attach --port 1194 --flows 1000000 --idle 10m
+  rpsel attach --port 4433 --owner www-data`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.needPort(cmd); err != nil {
@@ -67,6 +72,8 @@ attached before it are detached again.`,
 		fmt.Sprintf("forget a flow of one packet after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
 	flags.Var(durationValue{&a.settle, 0, loader.MaxIdle}, "settle",
 		fmt.Sprintf("give a new listener no flows for this `TIME` after the attach (default %s)", tidy(loader.DefaultSettle)))
+	flags.Var(ownerValue{&a.options.Owner}, "owner",
+		"let this `USER`, whose the servers are, register sockets through the agent; \"none\": nobody (default: as it is)")
 	flags.BoolVar(&a.dryRun, "dry-run", false, "only say what would be done")
 	a.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
@@ -75,6 +82,31 @@ attached before it are detached again.`,
 	addVerboseFlag(cmd, e, "list the members, and the verifier's log if the kernel refuses the program")
 	return cmd
 }
+
+// ownerValue is a flag that takes a user, or none. nil means that the flag was
+// not given.
+type ownerValue struct{ uid **uint32 }
+
+func (o ownerValue) Set(text string) error {
+	uid, err := owner.Parse(text)
+	if err != nil {
+		return err
+	}
+	*o.uid = &uid
+	return nil
+}
+
+func (o ownerValue) String() string {
+	switch {
+	case o.uid == nil || *o.uid == nil:
+		return ""
+	case **o.uid == loader.NoOwner:
+		return owner.None
+	default:
+		return owner.Name(**o.uid)
+	}
+}
+func (o ownerValue) Type() string { return "user" }
 
 // tidy writes a duration without zero units: 5m, not 5m0s.
 func tidy(d time.Duration) string {
@@ -173,7 +205,7 @@ func (a *attachment) planOne(g sockets.Group) (job, error) {
 		err := g.Members[0].Check()
 		j.adopt = a.adopt && errors.Is(err, sockets.ErrNoReuseport)
 		if j.adopt {
-			return j, nil
+			return j, a.options.CheckOwner(g.Key)
 		}
 		return j, fmt.Errorf("%s: %w", a.groupName(g.Key), err)
 	}

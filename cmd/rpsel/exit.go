@@ -33,7 +33,7 @@ var exitCodes = []struct {
 		loader.ErrNotAttached, loader.ErrNoListener, sockets.ErrNoNetNS, sockets.ErrGone,
 	}},
 	{exitUnsupported, []error{
-		sockets.ErrUnsupported, loader.ErrNoBPFFS, loader.ErrForeignProgram, loader.ErrUnregistrable,
+		sockets.ErrUnsupported, loader.ErrNoBPFFS, loader.ErrForeignProgram, loader.ErrUnregistrable, loader.ErrOwner,
 		sockets.ErrMPTCP, sockets.ErrTunnel, sockets.ErrInUse, sockets.ErrConnected, sockets.ErrNoReuseport,
 		sockets.ErrUnseen, sockets.ErrOtherGroup, sockets.ErrOtherUID,
 	}},

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -111,6 +112,9 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if status.Settling > 0 {
 		title += fmt.Sprintf("  settling %v", status.Settling.Round(time.Second))
 	}
+	if status.Owner != nil {
+		title += "  owner " + owner.Name(*status.Owner)
+	}
 	if s.netns == allNetNS {
 		title += fmt.Sprintf("  netns %d", status.NetNSInode)
 	}
@@ -182,6 +186,7 @@ type groupStatusJSON struct {
 	Counters        countersJSON       `json:"counters"`
 	Unregistered    []unregisteredJSON `json:"unregistered"`
 	Listeners       []listenerJSON     `json:"listeners"`
+	Owner           *uint32            `json:"owner"` // null: nobody
 }
 
 type flowCountsJSON struct {
@@ -240,6 +245,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 			Counters:        countersJSON(status.Counters),
 			Unregistered:    []unregisteredJSON{},
 			Listeners:       []listenerJSON{},
+			Owner:           status.Owner,
 		}
 		for _, u := range status.Unregistered {
 			g.Unregistered = append(g.Unregistered, newUnregisteredJSON(u))

@@ -1,6 +1,7 @@
 package testnet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,8 +10,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/agent"
 )
 
 // envServe makes a test binary a server. It holds the work as JSON.
@@ -107,6 +111,9 @@ func (w *work) serve() error {
 				} else if _, err = fmt.Sscanf(order, "close %d", &index); err == nil {
 					delete(names, listeners[index])
 					err = unix.Close(listeners[index])
+				} else if _, err = fmt.Sscanf(order, "ask %d", &index); err == nil {
+					fmt.Println(askAgent(listeners[index], strings.Fields(order)[2:]))
+					continue
 				}
 				if err != nil {
 					return fmt.Errorf("%s: %w", order, err)
@@ -134,6 +141,42 @@ func (w *work) serve() error {
 		}
 	}
 }
+
+// askAgent does what Server.AskAgent says and returns its report.
+func askAgent(fd int, args []string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	client := agent.Client{Dir: args[1]}
+	var slot int
+	var err error
+	switch args[0] {
+	case "register":
+		slot, err = client.Register(ctx, socket(fd))
+	case "drain":
+		err = client.Drain(ctx, socket(fd))
+	case "resume":
+		err = client.Resume(ctx, socket(fd))
+	default:
+		err = errors.New("the agent cannot do that")
+	}
+	if err != nil {
+		return "error " + err.Error()
+	}
+	return fmt.Sprint("slot ", slot)
+}
+
+// socket is a descriptor as a syscall.Conn.
+type socket int
+
+func (s socket) SyscallConn() (syscall.RawConn, error) { return s, nil }
+
+func (s socket) Control(f func(fd uintptr)) error {
+	f(uintptr(s))
+	return nil
+}
+
+func (socket) Read(func(uintptr) bool) error  { return errors.ErrUnsupported }
+func (socket) Write(func(uintptr) bool) error { return errors.ErrUnsupported }
 
 func (w *work) stream() bool { return strings.HasPrefix(w.Network, "tcp") }
 

@@ -183,6 +183,23 @@ func (s *Server) Add() string {
 	return name
 }
 
+// AskAgent lets the server ask the agent with this run directory to "register",
+// "drain" or "resume" the socket with an index. It returns the slot of one that
+// was registered.
+func (s *Server) AskAgent(index int, what, dir string) (slot int, err error) {
+	s.t.Helper()
+	_, err = fmt.Fprintf(s.control, "ask %d %s %s\n", index, what, dir)
+	must(s.t, err)
+	line, err := s.reports.ReadString('\n')
+	must(s.t, err)
+	if text, failed := strings.CutPrefix(line, "error "); failed {
+		return 0, errors.New(strings.TrimSpace(text))
+	}
+	_, err = fmt.Sscanf(line, "slot %d", &slot)
+	must(s.t, err)
+	return slot, nil
+}
+
 func (s *Server) order(format string, args ...any) {
 	s.t.Helper()
 	_, err := fmt.Fprintf(s.control, format, args...)

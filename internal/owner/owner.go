@@ -1,0 +1,153 @@
+// Package owner decides what the owner of a group may do through the agent's
+// door: register, drain and resume sockets that he has open, in groups that
+// were given to him.
+package owner
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/rpsel/rpsel/internal/door"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// None is what people write to take an owner back.
+const None = "none"
+
+var errNotOwner = errors.New("not yours")
+
+// Parse reads a user, by name or number, or None, which is loader.NoOwner. A
+// user who is called so is known by his number.
+func Parse(text string) (uint32, error) {
+	if text == None {
+		return loader.NoOwner, nil
+	}
+	number := text
+	if u, err := user.Lookup(text); err == nil {
+		number = u.Uid
+	}
+	uid, err := strconv.ParseUint(number, 10, 32)
+	if err != nil || uint32(uid) == loader.NoOwner {
+		return 0, fmt.Errorf("use a user's name or number, or %s", None)
+	}
+	return uint32(uid), nil
+}
+
+// Name is the user's name, or his number if he has none.
+func Name(uid uint32) string {
+	number := strconv.FormatUint(uint64(uid), 10)
+	if u, err := user.LookupId(number); err == nil {
+		return u.Username
+	}
+	return number
+}
+
+// All lists the owners of all groups on a BPF file system, each once. A group
+// that cannot be opened has none.
+func All(fs loader.FS) ([]uint32, error) {
+	keys, err := fs.Keys(0)
+	if err != nil {
+		return nil, err
+	}
+	var uids []uint32
+	for _, key := range keys {
+		g, err := fs.Open(key)
+		if err != nil {
+			continue
+		}
+		if uid, ok := g.Owner(); ok && !slices.Contains(uids, uid) {
+			uids = append(uids, uid)
+		}
+		g.Close()
+	}
+	return uids, nil
+}
+
+// Groups handles the requests of owners for the groups on a BPF file system.
+// What group a socket is in, and whose it is, is read from the descriptor, so
+// that it does not matter where the client lives.
+type Groups struct {
+	FS loader.FS
+}
+
+var _ door.Handler = Groups{}
+
+// Register gives the socket a slot, whose record names the peer.
+func (o Groups) Register(p door.Peer, conn syscall.Conn) (slot int, err error) {
+	err = o.with(p, conn, func(g *loader.Group) error {
+		slot, err = g.Register(client{conn, p})
+		return err
+	})
+	return slot, err
+}
+
+// Drain drains the socket's slot.
+func (o Groups) Drain(p door.Peer, conn syscall.Conn) error {
+	return o.with(p, conn, func(g *loader.Group) error { return onSlot(g, conn, g.Drain) })
+}
+
+// Resume undoes Drain.
+func (o Groups) Resume(p door.Peer, conn syscall.Conn) error {
+	return o.with(p, conn, func(g *loader.Group) error { return onSlot(g, conn, g.Resume) })
+}
+
+// with runs f on the socket's group, if that is the peer's.
+func (o Groups) with(p door.Peer, conn syscall.Conn, f func(*loader.Group) error) error {
+	key, err := sockets.KeyOf(conn)
+	if errors.Is(err, syscall.ENOTSOCK) {
+		return errors.New("the descriptor is not a socket")
+	}
+	if err != nil {
+		return err
+	}
+	// The kernel keeps sockets of different users in different groups.
+	if key.UID != p.UID {
+		return fmt.Errorf("%s: %w: the socket is uid %d's, you are uid %d", key, errNotOwner, key.UID, p.UID)
+	}
+	g, err := o.FS.Open(key)
+	if errors.Is(err, loader.ErrNotAttached) {
+		return fmt.Errorf("%s: %w: \"rpsel attach --port %d --owner %d\" makes it", key, loader.ErrNotAttached, key.Addr.Port(), p.UID)
+	}
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	if uid, ok := g.Owner(); !ok || uid != p.UID {
+		return fmt.Errorf("%s: %w: the group has no owner: \"rpsel attach --port %d --owner %d\" gives it one", key, errNotOwner, key.Addr.Port(), p.UID)
+	}
+	return f(g)
+}
+
+// onSlot changes the slot that the socket is in, and no other: as long as the
+// descriptor is open, nobody else can be in there.
+func onSlot(g *loader.Group, conn syscall.Conn, change func(slot int) error) error {
+	slot, err := g.Slot(conn)
+	if err != nil {
+		return err
+	}
+	return change(slot)
+}
+
+// client is a socket of the peer.
+type client struct {
+	syscall.Conn
+	peer door.Peer
+}
+
+// Holder is the peer. In a pid namespace that cannot be seen from here it has no
+// number and no name.
+func (c client) Holder() (sockets.Holder, bool) {
+	h := sockets.Holder{PID: c.peer.PID}
+	if h.PID != 0 {
+		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", h.PID))
+		h.Command = strings.TrimSuffix(string(name), "\n")
+	}
+	return h, true
+}
