@@ -28,6 +28,7 @@ type FS string
 
 const (
 	rootName  = "rpsel"
+	bindName  = "bind" // no namespace's directory: those have numbers
 	tmpPrefix = "tmp_"
 	dirMode   = 0o700
 	fileMode  = 0o600
@@ -41,18 +42,42 @@ func (fs FS) netnsDir(cookie uint64) string {
 
 func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS), dirName(k)) }
 
+// BindDir is where bind programs are pinned (internal/force), beside the
+// directories of the namespaces.
+func (fs FS) BindDir() string { return filepath.Join(fs.root(), bindName) }
+
+// MakeBindDir makes BindDir. It mounts the bpffs if it is missing.
+//
+// Errors: ErrPermission, ErrNoBPFFS.
+func (fs FS) MakeBindDir() error { return fs.makeDirs(fs.root(), fs.BindDir()) }
+
+// RemoveBindDir removes BindDir if nothing is left in it.
+func (fs FS) RemoveBindDir() {
+	if os.Remove(fs.BindDir()) == nil {
+		os.Remove(fs.root())
+	}
+}
+
 // prepare mounts the bpffs if it is missing, and makes the directory of the
 // namespace.
-func (fs FS) prepare(netns uint64) error {
+func (fs FS) prepare(netns uint64) error { return fs.makeDirs(fs.root(), fs.netnsDir(netns)) }
+
+// makeDirs makes directories, the outer before the inner, and mounts the bpffs
+// below them if it is missing.
+func (fs FS) makeDirs(dirs ...string) error {
 	if err := fs.MakeMount(); err != nil {
 		return err
 	}
-	for _, dir := range []string{fs.root(), fs.netnsDir(netns)} {
-		if err := os.Mkdir(dir, dirMode); err != nil && !errors.Is(err, os.ErrExist) {
-			if errors.Is(err, os.ErrPermission) {
-				return fmt.Errorf("make %s: %w: run as root", dir, ErrPermission)
-			}
-			return fmt.Errorf("make %s: %w", dir, err)
+	for i := 0; i < len(dirs); i++ {
+		err := os.Mkdir(dirs[i], dirMode)
+		switch {
+		case err == nil, errors.Is(err, os.ErrExist):
+		case errors.Is(err, os.ErrNotExist) && i > 0:
+			i = -1 // the last to leave has removed the outer one meanwhile
+		case errors.Is(err, os.ErrPermission):
+			return fmt.Errorf("make %s: %w: run as root", dirs[i], ErrPermission)
+		default:
+			return fmt.Errorf("make %s: %w", dirs[i], err)
 		}
 	}
 	return nil

@@ -157,6 +157,19 @@ func (s Settings) supported(kernel uint32, oldControllers bool) error {
 
 // load loads the programs. The caller closes them.
 func (s Settings) load() (*bpf.BindObjects, error) {
+	var objects bpf.BindObjects
+	spec, err := s.spec()
+	if err == nil {
+		err = loadInto(spec, &objects)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &objects, nil
+}
+
+// spec gives the programs the settings as their constants.
+func (s Settings) spec() (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadBind()
 	if err != nil {
 		return nil, fmt.Errorf("load bind programs: %w", err)
@@ -180,17 +193,21 @@ func (s Settings) load() (*bpf.BindObjects, error) {
 			return nil, fmt.Errorf("load bind programs: %w", err)
 		}
 	}
-	var objects bpf.BindObjects
-	if err := spec.LoadAndAssign(&objects, nil); err != nil {
-		switch {
-		case errors.Is(err, unix.EPERM):
-			return nil, fmt.Errorf("load bind programs: %w without CAP_BPF and CAP_NET_ADMIN: run as root", ErrPermission)
-		case errors.Is(err, ebpf.ErrNotSupported):
-			return nil, fmt.Errorf("load bind programs: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
-		}
-		return nil, fmt.Errorf("load bind programs: %w", err)
+	return spec, nil
+}
+
+// loadInto loads what the struct asks for.
+func loadInto(spec *ebpf.CollectionSpec, objects any) error {
+	err := spec.LoadAndAssign(objects, nil)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("load bind programs: %w without CAP_BPF and CAP_NET_ADMIN: run as root", ErrPermission)
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("load bind programs: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
 	}
-	return &objects, nil
+	return fmt.Errorf("load bind programs: %w", err)
 }
 
 // value is what the programs know a Switch by.
