@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -140,23 +141,39 @@ func parseDirName(netns uint64, name string) (Key, bool) {
 	return k, dirName(k) == name
 }
 
-// Keys lists the groups with state in a network namespace, given by its cookie,
-// or in all of them (zero), sorted. Where there is no bpffs there are none.
-func (fs FS) Keys(netns uint64) ([]Key, error) {
+// NetNSes lists the network namespaces, by their cookies, that have a directory.
+// Where there is no bpffs there are none.
+func (fs FS) NetNSes() ([]uint64, error) {
 	if !fs.mounted() {
 		return nil, nil
 	}
-	namespaces, err := os.ReadDir(fs.root())
+	entries, err := os.ReadDir(fs.root())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, readDirError(err)
 	}
+	var cookies []uint64
+	for _, e := range entries {
+		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
+			cookies = append(cookies, cookie)
+		}
+	}
+	slices.Sort(cookies)
+	return cookies, nil
+}
+
+// Keys lists the groups with state in a network namespace, given by its cookie,
+// or in all of them (zero), sorted. Where there is no bpffs there are none.
+func (fs FS) Keys(netns uint64) ([]Key, error) {
+	namespaces, err := fs.NetNSes()
+	if err != nil {
+		return nil, err
+	}
 	var keys []Key
-	for _, ns := range namespaces {
-		cookie, err := strconv.ParseUint(ns.Name(), 10, 64)
-		if err != nil || netns != 0 && netns != cookie {
+	for _, cookie := range namespaces {
+		if netns != 0 && netns != cookie {
 			continue
 		}
 		groups, err := os.ReadDir(fs.netnsDir(cookie))
@@ -170,10 +187,7 @@ func (fs FS) Keys(netns uint64) ([]Key, error) {
 		}
 	}
 	slices.SortFunc(keys, func(a, b Key) int {
-		if a.NetNS != b.NetNS {
-			return int(min(max(int64(a.NetNS-b.NetNS), -1), 1))
-		}
-		return strings.Compare(dirName(a), dirName(b))
+		return cmp.Or(cmp.Compare(a.NetNS, b.NetNS), strings.Compare(dirName(a), dirName(b)))
 	})
 	return keys, nil
 }

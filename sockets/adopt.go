@@ -311,7 +311,7 @@ func netNSOfSocket(fd int, cookie uint64) (*NetNS, error) {
 	} else if err != nil {
 		return nil, os.NewSyscallError("ioctl SIOCGSKNS", err)
 	}
-	return netNSOf(ns)
+	return netNSOf(ns, "")
 }
 
 // sockaddr makes the argument of bind(2).

@@ -60,6 +60,35 @@ func Take(h Holder, cookie uint64) (*Conn, error) {
 	return c, nil
 }
 
+// TakeMember borrows a socket of a group, any that can be borrowed. The caller
+// closes the Conn. An MPTCP listener cannot stand for its group: the TCP socket
+// below it is what is in there.
+//
+// Errors: as of Take, and ErrMPTCP if the group has no other members.
+func TakeMember(g Group) (*Conn, error) {
+	var mptcp error
+	for _, m := range g.Members {
+		if m.MPTCP {
+			mptcp = m.Check()
+			continue
+		}
+		for _, h := range m.Holders {
+			conn, err := Take(h, m.Cookie)
+			if errors.Is(err, ErrGone) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", g.Key, err)
+			}
+			return conn, nil
+		}
+	}
+	if mptcp != nil {
+		return nil, fmt.Errorf("%s: %w", g.Key, mptcp)
+	}
+	return nil, fmt.Errorf("%s: %w: its servers closed it meanwhile: start them and try again", g.Key, ErrGone)
+}
+
 // traceError says why pidfd_getfd was refused (kernel/pid.c __pidfd_fget,
 // PTRACE_MODE_ATTACH_REALCREDS).
 func traceError() error {

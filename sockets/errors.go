@@ -45,6 +45,13 @@ var (
 	ErrOtherUID = errors.New("socket of another user: start all servers of the port as one user")
 )
 
+// DescribeOwners says what comes of servers of one address that belong to
+// different users.
+func DescribeOwners(uids []uint32) string {
+	return fmt.Sprintf("sockets of different users (uid %s) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)",
+		strings.Trim(strings.ReplaceAll(fmt.Sprint(uids), " ", ", "), "[]"))
+}
+
 // permission says which of the capabilities an operation needs are missing.
 func permission(doing string, needs ...capability) error {
 	if lacks := missing(needs); len(lacks) > 0 {

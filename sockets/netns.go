@@ -3,9 +3,11 @@ package sockets
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -89,11 +91,11 @@ func NetNSes() (_ []*NetNS, err error) {
 	if err != nil {
 		return nil, err
 	}
-	mounted, err := mountedNetNSes()
+	mounted, err := MountedNetNSes("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	for _, path := range append(processes, mounted...) {
+	for _, path := range slices.AppendSeq(processes, maps.Values(mounted)) {
 		if err := add(path); err != nil {
 			return nil, err
 		}
@@ -101,20 +103,22 @@ func NetNSes() (_ []*NetNS, err error) {
 	return all, nil
 }
 
-// mountedNetNSes lists where network namespaces are mounted.
-func mountedNetNSes() ([]string, error) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
+// MountedNetNSes lists the network namespaces that are mounted somewhere in the
+// mount namespace of a process, by their names, such as "net:[4026532256]".
+// mountinfo is the file of that process; the paths are below its root.
+func MountedNetNSes(mountinfo string) (map[string]string, error) {
+	text, err := os.ReadFile(mountinfo)
 	if err != nil {
 		return nil, err
 	}
 	// As fs/proc_namespace.c mangle writes it.
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	var paths []string
+	paths := map[string]string{}
 	for line := range strings.Lines(string(text)) {
 		// 41 31 0:4 net:[4026532256] /run/netns/blue rw shared:9 - nsfs nsfs rw
 		f := strings.Fields(line)
 		if len(f) > 4 && strings.HasPrefix(f[3], "net:[") {
-			paths = append(paths, unescape.Replace(f[4]))
+			paths[f[3]] = unescape.Replace(f[4])
 		}
 	}
 	return paths, nil
@@ -132,12 +136,12 @@ func openNetNS(path string) (*NetNS, error) {
 		return nil, os.NewSyscallError("open", err)
 	}
 	unix.SetNonblock(fd, false) // keeps it out of Go's poller
-	return netNSOf(fd)
+	return netNSOf(fd, path)
 }
 
 // netNSOf makes a NetNS of a descriptor, which it takes over.
-func netNSOf(fd int) (_ *NetNS, err error) {
-	n := &NetNS{file: os.NewFile(uintptr(fd), "netns")}
+func netNSOf(fd int, path string) (_ *NetNS, err error) {
+	n := &NetNS{file: os.NewFile(uintptr(fd), path)}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -171,6 +175,10 @@ func netNSOf(fd int) (_ *NetNS, err error) {
 
 // Cookie is the namespace's number, never reused before the next boot.
 func (n *NetNS) Cookie() uint64 { return n.cookie }
+
+// Path is what the namespace was opened by. It may lead to another one by now, or
+// to none: whoever opens it again compares the cookie.
+func (n *NetNS) Path() string { return n.file.Name() }
 
 // Inode is the number people know the namespace by (stat /proc/PID/ns/net).
 func (n *NetNS) Inode() uint64 { return n.inode }

@@ -187,15 +187,14 @@ func (s *scope) find() ([]sockets.Group, error) {
 
 // warnOwners tells of sockets that can never be in one group.
 func (a *attachment) warnOwners(groups []sockets.Group) {
-	var owners []string
+	var owners []uint32
 	for _, g := range groups {
-		if uid := fmt.Sprint(g.UID); !slices.Contains(owners, uid) {
-			owners = append(owners, uid)
+		if !slices.Contains(owners, g.UID) {
+			owners = append(owners, g.UID)
 		}
 	}
 	if len(owners) > 1 {
-		a.env.warn("%s: sockets of different users (uid %s) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)",
-			&a.scope, strings.Join(owners, ", "))
+		a.env.warn("%s: %s", &a.scope, sockets.DescribeOwners(owners))
 	}
 }
 
@@ -217,31 +216,14 @@ func (a *attachment) planOne(g sockets.Group) (job, error) {
 }
 
 // withMember lends f a socket of the group, for no longer than it runs: kept
-// open, it would outlive its server. An MPTCP listener cannot stand for its
-// group: the TCP socket below it is what is in there.
+// open, it would outlive its server.
 func withMember(g sockets.Group, f func(*sockets.Conn) error) error {
-	var mptcp error
-	for _, m := range g.Members {
-		if m.MPTCP {
-			mptcp = m.Check()
-			continue
-		}
-		for _, h := range m.Holders {
-			conn, err := sockets.Take(h, m.Cookie)
-			if errors.Is(err, sockets.ErrGone) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("%s: %w", g.Key, err)
-			}
-			defer conn.Close()
-			return f(conn)
-		}
+	conn, err := sockets.TakeMember(g)
+	if err != nil {
+		return err
 	}
-	if mptcp != nil {
-		return fmt.Errorf("%s: %w", g.Key, mptcp)
-	}
-	return fmt.Errorf("%s: %w: its servers closed it meanwhile: start them and try again", g.Key, sockets.ErrGone)
+	defer conn.Close()
+	return f(conn)
 }
 
 // attachAll does the jobs and returns how the groups stand then. If one fails,

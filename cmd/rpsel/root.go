@@ -40,7 +40,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no such group or listener,
 		return usageError(`%s: see "%s --help"`, tidyFlagError(err), cmd.CommandPath())
 	})
 	root.AddCommand(
-		newAttachCmd(e), newDetachCmd(e), newRunCmd(e), newReapCmd(e),
+		newAttachCmd(e), newDetachCmd(e), newRunCmd(e), newReapCmd(e), newAgentCmd(e),
 		newDrainCmd(e), newResumeCmd(e), newWeightCmd(e), newFlushCmd(e),
 		newStatusCmd(e), newFlowsCmd(e), newWhyCmd(e),
 		newCheckCmd(e), newDemoCmd(e), newDemoInsideCmd(e), newDemoListenerCmd(e), newVersionCmd(e), newCompletionCmd(e),

@@ -15,6 +15,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"github.com/pelletier/go-toml/v2/unstable"
 
+	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -108,6 +109,8 @@ type entry struct {
 	Adopt   bool    `toml:"adopt"`
 	Partial bool    `toml:"partial"`
 	Replace bool    `toml:"replace"`
+	Owner   *string `toml:"owner"`
+	Force   bool    `toml:"force"`
 }
 
 // allowed says what each key takes. It is the list of keys, too.
@@ -123,6 +126,8 @@ var allowed = map[string]string{
 	"adopt":    "use true or false",
 	"partial":  "use true or false",
 	"replace":  "use true or false",
+	"owner":    `use a user's name or number, or "none"`,
+	"force":    "use true or false",
 }
 
 const noTable = "service: write [[service]], and its keys below it"
@@ -233,7 +238,7 @@ func (e entry) service(at place) (s Service, err error) {
 			err = &lineError{line, key + ": " + allowed[key]}
 		}
 	}
-	s = Service{Line: at.line, Proto: sockets.UDP, Adopt: e.Adopt}
+	s = Service{Line: at.line, Proto: sockets.UDP, Adopt: e.Adopt, Force: e.Force}
 	s.Options.Partial, s.Options.Replace = e.Partial, e.Replace
 	if e.Port == nil || *e.Port < 1 || *e.Port > 65535 {
 		wrong("port")
@@ -260,6 +265,13 @@ func (e entry) service(at place) (s Service, err error) {
 			wrong("flows")
 		}
 		s.Options.Flows = int(*e.Flows)
+	}
+	if e.Owner != nil {
+		uid, parseErr := owner.Parse(*e.Owner)
+		if parseErr != nil {
+			wrong("owner")
+		}
+		s.Options.Owner = &uid
 	}
 	for _, d := range []struct {
 		key   string

@@ -1,0 +1,240 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/rpsel/rpsel/internal/config"
+	"github.com/rpsel/rpsel/internal/door"
+	"github.com/rpsel/rpsel/internal/owner"
+	"github.com/rpsel/rpsel/internal/watch"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Options say what an agent works with.
+type Options struct {
+	// FS holds the state of the groups.
+	FS loader.FS
+	// Config is the file with the services. Optional tells that it may be
+	// missing.
+	Config   string
+	Optional bool
+	// Cgroup is the cgroup2 directory whose processes are watched; "" is the
+	// root of the hierarchy.
+	Cgroup string
+	// Log is told what happens, a line each.
+	Log *slog.Logger
+	// Reload asks for the file to be read again.
+	Reload <-chan os.Signal
+}
+
+// How often the agent does what it does by itself. Tests are less patient.
+var (
+	tickTime  = time.Second
+	sweepTime = 10 * time.Second
+	pollTime  = 250 * time.Millisecond
+	retryTime = 30 * time.Second // for events, while it polls
+)
+
+// grace is how long the end of the loop is waited for. It may wait for another
+// command's lock; nothing it does then need be completed.
+const grace = time.Second
+
+// Run keeps the groups of a BPF file system until the context ends, which is no
+// error. It leaves everything as it is then: traffic goes on.
+//
+// Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file),
+// loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
+func Run(ctx context.Context, o Options) error {
+	services, err := load(o)
+	if err != nil {
+		return err
+	}
+	if err := o.FS.MakeMount(); err != nil {
+		return err
+	}
+	claim, err := newClaim(string(o.FS))
+	if err != nil {
+		return err
+	}
+	defer claim.drop()
+	own, err := sockets.OpenNetNS("")
+	if err != nil {
+		return err
+	}
+	own.Close()
+	k := &keeper{
+		Options: o, claim: claim, services: services, own: own.Cookie(),
+		groups: map[loader.Key]*group{}, failures: map[string]failure{},
+		inbox: newInbox(), ended: make(chan error, 1), polled: map[uint64]*polled{}, orphaned: map[uint64]bool{},
+	}
+	if err := k.start(ctx); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		k.loop(ctx)
+	}()
+	<-ctx.Done()
+	k.notify(daemon.SdNotifyStopping)
+	select {
+	case <-ended:
+	case <-time.After(grace):
+	}
+	k.Log.Info("stopped: traffic goes on as it is")
+	return nil
+}
+
+// load reads the services.
+func load(o Options) ([]*config.Service, error) {
+	list, err := config.Load(o.Config)
+	if errors.Is(err, fs.ErrNotExist) && o.Optional {
+		return nil, nil
+	}
+	services := make([]*config.Service, 0, len(list))
+	for _, s := range list {
+		services = append(services, &s)
+	}
+	return services, err
+}
+
+// keeper is an agent at work. Only its loop touches it, but for the inbox.
+type keeper struct {
+	Options
+	claim    *claim
+	services []*config.Service // in the order in which they count
+	own      uint64            // the agent's network namespace
+	groups   map[loader.Key]*group
+	failures map[string]failure
+
+	watcher  *watch.Watcher // nil: it polls
+	why      string         // it polls
+	ports    []watch.Port   // that are watched
+	missed   uint64         // events so far
+	tried    time.Time      // to watch, last
+	inbox    *inbox
+	ended    chan error // of the watcher
+	door     *door.Door
+	polled   map[uint64]*polled
+	orphaned map[uint64]bool // namespaces that nothing was seen to lead to
+}
+
+// start does what has to be done before the agent is ready. An error means that
+// it cannot work here.
+func (k *keeper) start(ctx context.Context) error {
+	k.claim.say(k.info())
+	if err := k.recover(); err != nil {
+		return err
+	}
+	opened, err := door.Open(k.claim.dir, owner.Groups{FS: k.FS})
+	if err != nil {
+		return fmt.Errorf("open the door for owners: %w", err)
+	}
+	k.door = opened
+	k.forcePins()
+	k.refresh()
+	k.watch(ctx)
+	if err := k.sweep(); err != nil {
+		return err
+	}
+	k.Log.Info("ready", "services", len(k.services), "groups", len(k.groups), "mode", k.mode())
+	k.notify(daemon.SdNotifyReady + "\n" + k.statusLine())
+	return nil
+}
+
+// loop works until the context ends.
+func (k *keeper) loop(ctx context.Context) {
+	defer k.close()
+	tick, sweep, poll, alive := time.NewTicker(tickTime), time.NewTicker(sweepTime), time.NewTicker(pollTime), watchdog()
+	for _, t := range []*time.Ticker{tick, sweep, poll, alive} {
+		defer t.Stop()
+	}
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-k.inbox.wake:
+			k.arrived(k.inbox.take())
+		case <-tick.C:
+			if k.tick(ctx) {
+				k.trySweep()
+			}
+		case <-sweep.C:
+			k.trySweep()
+		case <-poll.C:
+			if k.watcher == nil {
+				k.poll()
+			}
+		case <-k.Reload:
+			k.reload()
+		case err := <-k.ended:
+			k.unwatch(fmt.Errorf("read events: %w", err))
+		case <-alive.C:
+			k.notify(daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+// tick is what is due every second. It reports whether a sweep is due, too.
+func (k *keeper) tick(ctx context.Context) (sweep bool) {
+	if k.watcher == nil && time.Since(k.tried) >= retryTime {
+		k.watch(ctx)
+		sweep = k.watcher != nil // for what came since the last poll
+	}
+	if k.watcher != nil {
+		missed, err := k.watcher.Missed()
+		k.fails("missed", err)
+		if missed != k.missed {
+			k.Log.Warn("events were missed: looking for all listeners", "missed", missed-k.missed)
+			k.missed, sweep = missed, true
+		}
+	}
+	if k.refresh() {
+		sweep = true
+	}
+	for _, g := range k.groups {
+		k.housekeep(g)
+	}
+	k.openDoors()
+	k.inbox.forget()
+	k.forgetFailures()
+	k.notify(k.statusLine())
+	return sweep
+}
+
+// trySweep sweeps, and logs what keeps it from that.
+func (k *keeper) trySweep() { k.fails("sweep", k.sweep()) }
+
+// close gives back what the agent holds.
+func (k *keeper) close() {
+	k.unwatch(nil)
+	k.door.Close()
+	for _, g := range k.groups {
+		g.Close()
+	}
+}
+
+// mode tells how the agent learns of new listeners.
+func (k *keeper) mode() Mode {
+	if k.watcher == nil {
+		return Polling
+	}
+	return Events
+}
+
+// statusLine is what the service manager shows.
+func (k *keeper) statusLine() string {
+	line := fmt.Sprintf("STATUS=%d groups, %d services", len(k.groups), len(k.services))
+	if k.watcher == nil {
+		line += ", polling: " + k.why
+	}
+	return line
+}

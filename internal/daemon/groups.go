@@ -1,0 +1,133 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/rpsel/rpsel/internal/force"
+	"github.com/rpsel/rpsel/internal/watch"
+	"github.com/rpsel/rpsel/loader"
+)
+
+// pid is the agent's own.
+var pid = os.Getpid()
+
+// recover removes what commands left behind that were killed.
+func (k *keeper) recover() error {
+	spaces, err := k.FS.NetNSes()
+	if err != nil {
+		return err
+	}
+	for _, cookie := range spaces {
+		k.fails(fmt.Sprint("recover ", cookie), k.FS.Sweep(cookie))
+	}
+	return nil
+}
+
+// refresh looks which groups have state. It reports whether ports are watched
+// from now on that were not: nobody told of listeners that have come there.
+func (k *keeper) refresh() (more bool) {
+	keys, err := k.FS.Keys(0)
+	k.fails("keys", err)
+	if err != nil {
+		return false
+	}
+	for key, g := range k.groups {
+		if g.Current() {
+			continue
+		}
+		g.Close()
+		delete(k.groups, key)
+		if !slices.Contains(keys, key) {
+			k.Log.Info("detached", k.keyAttrs(key)...)
+		}
+	}
+	for _, key := range keys {
+		if k.groups[key] != nil {
+			continue
+		}
+		g, err := k.FS.Open(key)
+		if errors.Is(err, loader.ErrNotAttached) {
+			continue // detached since it was listed
+		}
+		k.fails(fmt.Sprint("open ", key), err, k.keyAttrs(key)...)
+		if err == nil {
+			k.groups[key] = &group{Group: g}
+		}
+	}
+	return k.watchPorts()
+}
+
+// watchPorts says which listeners are to be reported. It reports whether there
+// are more than before.
+func (k *keeper) watchPorts() (more bool) {
+	var ports []watch.Port
+	add := func(p watch.Port) {
+		if !slices.Contains(ports, p) {
+			ports = append(ports, p)
+			more = more || !slices.Contains(k.ports, p)
+		}
+	}
+	for _, s := range k.services {
+		add(watch.Port{Proto: s.Proto, Port: s.Port})
+	}
+	for key := range k.groups {
+		add(watch.Port{Proto: key.Proto, Port: key.Addr.Port()})
+	}
+	k.ports = ports
+	if k.watcher != nil {
+		if err := k.watcher.SetPorts(ports); err != nil {
+			k.unwatch(err)
+		}
+	}
+	return more
+}
+
+// housekeep does what is due for a group by the time that has passed.
+func (k *keeper) housekeep(g *group) {
+}
+
+// openDoors lets the owners of groups in, and nobody else.
+func (k *keeper) openDoors() {
+	var owners []uint32
+	for _, g := range k.groups {
+		if uid, ok := g.Owner(); ok && !slices.Contains(owners, uid) {
+			owners = append(owners, uid)
+		}
+	}
+	k.fails("doors", k.door.SetOwners(owners))
+}
+
+// forcePins pins the programs that force SO_REUSEPORT for the services that want
+// them, and removes those of others.
+func (k *keeper) forcePins() {
+	wanted := map[string]bool{}
+	for _, s := range k.services {
+		if !s.Force {
+			continue
+		}
+		settings := force.Settings{Proto: s.Proto, Port: s.Port, Addr: s.Addr, Reuseport: force.On}
+		dir := force.PinDir(k.FS, settings)
+		wanted[dir] = true
+		changed, err := force.Pin(k.FS, settings)
+		k.fails("pin "+dir, err, "service", s.String())
+		if changed {
+			k.Log.Info("bind programs pinned", "service", s.String(), "dir", dir)
+		}
+	}
+	pinned, err := force.Pinned(k.FS)
+	k.fails("pinned", err)
+	for _, settings := range pinned {
+		dir := force.PinDir(k.FS, settings)
+		if wanted[dir] {
+			continue
+		}
+		err := force.Unpin(k.FS, settings)
+		k.fails("unpin "+dir, err)
+		if err == nil {
+			k.Log.Info("bind programs removed: no service forces that port any more", "dir", dir)
+		}
+	}
+}

@@ -1,0 +1,237 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/rpsel/rpsel/internal/config"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// bornSettle is how long a group settles that has only just come to be: it has
+// no flows from before, and the rest of its servers is to get some soon.
+const bornSettle = time.Second
+
+// group is one that has state.
+type group struct {
+	*loader.Group
+	// applied is the service whose options are in force, nil if none is known.
+	applied *config.Service
+}
+
+// keep makes of a live group what it should be: attached, if it has state or a
+// service, with the service's options, and all its members registered.
+func (k *keeper) keep(live sockets.Group) {
+	state, service := k.groups[live.Key], k.service(live.Key)
+	if live.Connected() || state == nil && service == nil {
+		k.warnOwners(live.Key)
+		return
+	}
+	var err error
+	switch {
+	case live.Kernel == 0 && service != nil && service.Adopt && errors.Is(live.Members[0].Check(), sockets.ErrNoReuseport):
+		err = k.adopt(live, service)
+	case live.Kernel == 0:
+		err = live.Members[0].Check()
+	case state == nil || !state.Picks(live):
+		err = k.attach(live, service)
+	default:
+		if service != nil && state.applied != service {
+			k.apply(live, state, service)
+		}
+		err = k.register(live, state)
+	}
+	// The same address may have a group, sockets in none, and even a second
+	// group.
+	k.fails(fmt.Sprint("keep ", live.Key, live.Kernel), err, k.attrs(live)...)
+	k.warnOwners(live.Key)
+}
+
+// service finds the service that a group belongs to, nil if there is none.
+func (k *keeper) service(key loader.Key) *config.Service {
+	for _, s := range k.services {
+		if s.Proto == key.Proto && s.Port == key.Addr.Port() &&
+			(!s.Addr.IsValid() || s.Addr == key.Addr.Addr()) && k.inNetNS(s, key.NetNS) {
+			return s
+		}
+	}
+	return nil
+}
+
+// inNetNS tells whether a service is for a network namespace. A name may be of
+// another one than a moment ago, and so is looked up each time.
+func (k *keeper) inNetNS(s *config.Service, cookie uint64) bool {
+	switch s.NetNS {
+	case config.AllNetNS:
+		return true
+	case "":
+		return cookie == k.own
+	}
+	ns, err := sockets.OpenNetNS(s.NetNS)
+	if errors.Is(err, sockets.ErrNoNetNS) {
+		return false // its container does not run now
+	}
+	k.fails("netns "+s.NetNS, err)
+	if err != nil {
+		return false
+	}
+	defer ns.Close()
+	return ns.Cookie() == cookie
+}
+
+// adopt makes a group of a live socket that has no SO_REUSEPORT.
+func (k *keeper) adopt(live sockets.Group, service *config.Service) error {
+	conn, err := sockets.TakeMember(live)
+	if err != nil {
+		return err
+	}
+	adoption, err := sockets.Adopt(conn)
+	conn.Close()
+	if err != nil {
+		return err
+	}
+	k.Log.Info("adopted", append(k.attrs(live), "listener", live.Members[0].Holders[0].String(), "lost", adoption.Lost)...)
+	return k.attach(live, service)
+}
+
+// attach attaches a group for the first time, or again after its last socket had
+// closed, and the program with it. service may be nil.
+func (k *keeper) attach(live sockets.Group, service *config.Service) error {
+	var o loader.Options
+	if service != nil {
+		o = service.Options
+	}
+	if o.Settle == 0 && k.inbox.born(live) {
+		o.Settle = bornSettle
+	}
+	g, err := k.attachWith(live, o)
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	what := "attached again"
+	if g.Fresh() {
+		what = "attached"
+	}
+	k.Log.Info(what, append(k.attrs(live), "listeners", len(g.Joined()))...)
+	k.refresh()
+	if state := k.groups[live.Key]; state != nil {
+		state.applied = service
+	}
+	return nil
+}
+
+// apply puts the options of a service into force on an attached group.
+func (k *keeper) apply(live sockets.Group, state *group, service *config.Service) {
+	o := service.Options
+	o.Settle = 0 // that is for an attach, and this is none
+	g, err := k.attachWith(live, o)
+	k.fails(fmt.Sprint("apply ", live.Key), err, k.attrs(live)...)
+	if err != nil {
+		return
+	}
+	g.Close()
+	state.applied = service
+	k.Log.Info("options of the service are in force", append(k.attrs(live), "service", service.String())...)
+}
+
+// attachWith attaches a group through any of its members. What is fixed while a
+// group has state stays as it is.
+func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group, error) {
+	conn, err := sockets.TakeMember(live)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	g, err := k.FS.Attach(conn, o)
+	if errors.Is(err, loader.ErrFixed) {
+		k.fails(fmt.Sprint("fixed ", live.Key), err, k.attrs(live)...)
+		o.Flows = 0
+		g, err = k.FS.Attach(conn, o)
+	}
+	return g, err
+}
+
+// register gives slots to the members of an attached group that have none.
+func (k *keeper) register(live sockets.Group, state *group) error {
+	slots, err := state.Slots()
+	if err != nil {
+		return err
+	}
+	var members []sockets.Socket
+	var conns []syscall.Conn
+	for _, m := range live.Members {
+		if _, ok := slots[m.Cookie]; ok || len(m.Holders) == 0 {
+			continue
+		}
+		conn, err := takeAny(m)
+		if errors.Is(err, sockets.ErrGone) {
+			continue
+		}
+		if err == nil {
+			// Kept open, it would keep a dead server's socket in the group.
+			defer conn.Close()
+			err = m.Check()
+		}
+		k.fails(fmt.Sprint("register ", m.Cookie), err, k.attrs(live)...)
+		if err == nil {
+			members, conns = append(members, m), append(conns, conn)
+		}
+	}
+	if len(conns) == 0 {
+		return nil
+	}
+	answers, err := state.RegisterAll(conns)
+	if errors.Is(err, loader.ErrNotAttached) {
+		return nil // detached, or its last socket closed: the next look tells
+	}
+	if err != nil {
+		return err
+	}
+	for i, a := range answers {
+		k.fails(fmt.Sprint("register ", members[i].Cookie), a.Err, k.attrs(live)...)
+		if a.Err == nil {
+			k.Log.Info("registered", append(k.attrs(live), "slot", a.Slot, "listener", members[i].Holders[0].String())...)
+		}
+	}
+	return nil
+}
+
+// takeAny borrows a socket from any of its holders.
+func takeAny(m sockets.Socket) (conn *sockets.Conn, err error) {
+	err = sockets.ErrGone
+	for _, h := range m.Holders {
+		if conn, err = sockets.Take(h, m.Cookie); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+// warnOwners tells of groups that are kept apart by their owners alone.
+func (k *keeper) warnOwners(key loader.Key) {
+	owners := []uint32{key.UID}
+	for other := range k.groups {
+		uid := other.UID
+		if other.UID = key.UID; other == key && uid != key.UID {
+			owners = append(owners, uid)
+		}
+	}
+	subject := fmt.Sprint("owners ", key.NetNS, key.Proto, key.Addr)
+	if len(owners) > 1 {
+		slices.Sort(owners)
+		k.complains(subject, sockets.DescribeOwners(owners), k.keyAttrs(key)...)
+	}
+}
+
+// attrs name a live group in the log.
+func (k *keeper) attrs(live sockets.Group) []any {
+	return append(k.keyAttrs(live.Key), "netns", live.NetNSInode)
+}
+
+// keyAttrs name a group by what state there is.
+func (k *keeper) keyAttrs(key loader.Key) []any { return []any{"group", key.String()} }

@@ -1,0 +1,74 @@
+package daemon
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/rpsel/rpsel/internal/config"
+	"github.com/rpsel/rpsel/internal/watch"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// sweep looks for all groups there are, whatever was told of them, and keeps
+// them. It is the net under the events.
+func (k *keeper) sweep() error {
+	k.refresh()
+	if k.watcher == nil {
+		k.locate()
+	}
+	groups, err := k.findAll()
+	if err != nil {
+		return err
+	}
+	lives := map[loader.Key]bool{}
+	for _, g := range groups {
+		lives[g.Key] = true
+		k.keep(g)
+	}
+	k.forgetNetNSes(lives)
+	k.openDoors()
+	return nil
+}
+
+// findAll finds all groups on the ports of services and of groups with state, in
+// all namespaces.
+func (k *keeper) findAll() ([]sockets.Group, error) {
+	switch len(k.ports) {
+	case 0:
+		return nil, nil
+	case 1:
+		return sockets.Find(sockets.Query{Proto: k.ports[0].Proto, Port: k.ports[0].Port})
+	}
+	// The search goes through all open files, however few ports are asked for.
+	groups, err := sockets.Find(sockets.Query{})
+	return slices.DeleteFunc(groups, func(g sockets.Group) bool {
+		return !slices.Contains(k.ports, watch.Port{Proto: g.Proto, Port: g.Addr.Port()})
+	}), err
+}
+
+// reload reads the file again. With a bad one all stays as it is.
+func (k *keeper) reload() {
+	k.notify(reloading())
+	services, err := load(k.Options)
+	if err != nil {
+		k.Log.Error("the configuration stays as it was: "+err.Error(), "file", k.Config)
+		k.notify("READY=1\n" + k.statusLine())
+		return
+	}
+	old := k.services
+	k.services = services
+	k.Log.Info("configuration read", "file", k.Config, "services", len(services))
+	for _, s := range old {
+		same := func(o *config.Service) bool {
+			return o.Proto == s.Proto && o.Port == s.Port && o.Addr == s.Addr && o.NetNS == s.NetNS
+		}
+		if !slices.ContainsFunc(services, same) {
+			k.Log.Info(fmt.Sprintf(`service removed: what is attached stays so, "rpsel detach --port %d" ends that`, s.Port), "service", s.String())
+		}
+	}
+	k.forcePins()
+	k.watchPorts()
+	k.trySweep()
+	k.notify("READY=1\n" + k.statusLine())
+}
