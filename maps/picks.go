@@ -94,34 +94,35 @@ func (t Table) Deal(weights map[uint16]uint32, level ...uint16) {
 		// More than its share: its weight was lowered.
 		loose = append(loose, cut(owned, slot, len(owned[slot])-share[slot])...)
 	}
+	need := -len(loose)
 	for _, slot := range level {
-		need := share[slot] - len(owned[slot]) - len(loose)
-		if share[slot] == 0 || need <= 0 {
-			continue
-		}
-		loose = append(loose, t.levy(owned, share, need)...)
+		need += max(0, share[slot]-len(owned[slot]))
 	}
+	loose = append(loose, t.levy(owned, share, max(0, need))...)
 	// Deal in turns, so that neighbours do not all get the same heir.
-	receivers := slices.Sorted(maps.Keys(share))
-	for len(loose) > 0 {
-		dealt := false
-		for _, slot := range receivers {
-			if len(loose) > 0 && len(owned[slot]) < share[slot] {
-				k := loose[0]
-				loose = loose[1:]
-				t[k] = slot
-				owned[slot] = append(owned[slot], k)
-				dealt = true
-			}
-		}
-		if !dealt {
-			// Slots without weight hold on to theirs, so that shares are too
-			// large to be met: everybody may have more.
+	deal := func(receivers []uint16) {
+		for dealt := true; dealt; {
+			dealt = false
 			for _, slot := range receivers {
-				share[slot] = len(t)
+				if len(loose) > 0 && len(owned[slot]) < share[slot] {
+					k := loose[0]
+					loose = loose[1:]
+					t[k] = slot
+					owned[slot] = append(owned[slot], k)
+					dealt = true
+				}
 			}
 		}
 	}
+	receivers := slices.Sorted(maps.Keys(share))
+	deal(level)
+	deal(receivers)
+	// Slots without weight hold on to theirs, so that shares are too large to be
+	// met: everybody may have more.
+	for slot := range share {
+		share[slot] = len(t)
+	}
+	deal(receivers)
 }
 
 // shares returns how many entries each slot with a weight is due: whole

@@ -128,6 +128,30 @@ func TestDealJoin(t *testing.T) {
 	}
 }
 
+// Several that join at once have their share each, also in the place of others
+// that died.
+func TestDealJoinTogether(t *testing.T) {
+	for _, c := range []struct{ before, dead, joiners int }{{1, 0, 3}, {8, 0, 2}, {8, 0, 16}, {8, 3, 2}, {8, 2, 5}, {8, 8, 4}} {
+		t.Run(fmt.Sprintf("%d and %d for %d", c.before, c.joiners, c.dead), func(t *testing.T) {
+			before := KernelTable(upTo(c.before), maxTable)
+			after := slices.Clone(before)
+			joiners := upTo(c.before + c.joiners)[c.before:]
+			after.Deal(equalWeights(upTo(c.before + c.joiners)[c.dead:]...), joiners...)
+			share := float64(len(after)) / float64(c.before-c.dead+c.joiners)
+			for slot, n := range counts(after) {
+				if float64(n) < share-1 || float64(n) > share+1 {
+					t.Errorf("slot %d has %d entries of %.1f", slot, n, share)
+				}
+			}
+			for k := range after {
+				if before[k] != after[k] && int(before[k]) >= c.dead && int(after[k]) < c.before {
+					t.Fatalf("an entry went from %d to %d, neither of which joined or died", before[k], after[k])
+				}
+			}
+		})
+	}
+}
+
 func TestDealKeepsWhatIsMended(t *testing.T) {
 	// The program mends entries of dead listeners unevenly; a later leave must
 	// not be taken as a reason to even that out at the cost of live entries.

@@ -37,7 +37,8 @@ func printPermission(err error) int {
 	return 0
 }
 
-// printOwnPID prints the process that Find says holds a socket of this one.
+// printOwnPID prints the process that Find says holds a socket of this one,
+// first when it looks into all, then into this one only.
 func printOwnPID() int {
 	conns, err := sockets.ListenPacket(context.Background(), 1, "udp", "127.0.0.1:0")
 	if err != nil {
@@ -50,11 +51,13 @@ func printOwnPID() int {
 		fmt.Println(err)
 		return 1
 	}
-	groups, err := sockets.Find(sockets.Query{NetNS: key.NetNS, Port: key.Addr.Port()})
-	if err != nil || len(groups) != 1 || len(groups[0].Members) != 1 || len(groups[0].Members[0].Holders) != 1 {
-		fmt.Println(groups, err)
-		return 1
+	for _, pid := range []int{0, os.Getpid()} {
+		groups, err := sockets.Find(sockets.Query{NetNS: key.NetNS, Port: key.Addr.Port(), PID: pid})
+		if err != nil || len(groups) != 1 || len(groups[0].Members) != 1 || len(groups[0].Members[0].Holders) != 1 {
+			fmt.Println(groups, err)
+			return 1
+		}
+		fmt.Println(groups[0].Members[0].Holders[0].PID)
 	}
-	fmt.Println(groups[0].Members[0].Holders[0].PID)
 	return 0
 }

@@ -45,6 +45,9 @@ func TestTake(t *testing.T) {
 			conn, err := sockets.Take(m.Holders[0], m.Cookie)
 			must(t, err)
 			defer conn.Close()
+			if h, ok := conn.Holder(); !ok || h != m.Holders[0] {
+				t.Errorf("borrowed from %v, want %v", h, m.Holders[0])
+			}
 			if now, err := sockets.KeyOf(conn); err != nil || now != key {
 				t.Errorf("KeyOf: %+v, %v, want %+v", now, err, key)
 			}

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"unsafe"
@@ -256,7 +257,7 @@ func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set filter: %w", err)
 	}
-	r, err := f.link.Open()
+	r, err := f.open(q.PID)
 	if err != nil {
 		return nil, fmt.Errorf("open iterator: %w", err)
 	}
@@ -272,8 +273,8 @@ func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 	records := make([]bpf.FindRecord, len(data)/size)
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(records))), len(data)), data)
 
-	for _, r := range records {
-		if r.Group == 0 {
+	for i, r := range records {
+		if r.Group == 0 || i > 0 && r.Group == records[i-1].Group {
 			continue
 		}
 		if err := f.objects.Groups.Delete(r.Group); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -281,6 +282,39 @@ func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 		}
 	}
 	return records, nil
+}
+
+// open opens the iterator, over the files of one process or (0) of all.
+func (f *finder) open(pid int) (io.ReadCloser, error) {
+	if pid == 0 {
+		return f.link.Open()
+	}
+	// The library links iterators to maps only (include/uapi/linux/bpf.h, union
+	// bpf_attr, BPF_LINK_CREATE, and bpf_iter_link_info). Before 6.1 the kernel
+	// ignores the number and goes through all processes, of which the program
+	// then leaves out the others.
+	info := &struct{ tid, pid, pidfd uint32 }{tid: uint32(pid)}
+	var pinned runtime.Pinner
+	pinned.Pin(info)
+	defer pinned.Unpin()
+	attr := struct {
+		program, target, attachType, flags uint32
+		info                               uint64
+		infoLen, _                         uint32
+	}{
+		program: uint32(f.objects.RpselFind.FD()), attachType: unix.BPF_TRACE_ITER,
+		info: uint64(uintptr(unsafe.Pointer(info))), infoLen: uint32(unsafe.Sizeof(*info)),
+	}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_LINK_CREATE, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if errno != 0 {
+		return nil, os.NewSyscallError("bpf BPF_LINK_CREATE", errno)
+	}
+	one, err := link.NewFromFD(int(fd))
+	if err != nil {
+		return nil, err
+	}
+	defer one.Close()
+	return one.(*link.Iter).Open()
 }
 
 // members reads the first n entries of the map of members.

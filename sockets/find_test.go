@@ -221,8 +221,75 @@ func TestFindPIDNamespace(t *testing.T) {
 	cmd.Env = []string{"RPSEL_TEST_AS=pid"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
 	out, err := cmd.CombinedOutput()
-	if err != nil || string(out) != "1\n" {
-		t.Errorf("%v, %q, want the first process", err, out)
+	if err != nil || string(out) != "1\n1\n" {
+		t.Errorf("%v, %q, want the first process twice", err, out)
+	}
+}
+
+// A look into one process finds its sockets and no others, and all the members
+// of their groups.
+func TestFindInOneProcess(t *testing.T) {
+	netNS(t)
+	ours := bind(t, "udp4", "127.0.0.1:53", reuseport)
+	shared := bind(t, "udp4", "127.0.0.1:53", reuseport)
+	theirs := bind(t, "udp4", "127.0.0.1:53", reuseport)
+	elsewhere := bind(t, "udp4", "127.0.0.2:53", reuseport)
+	order := cookies(t, ours, shared, theirs)
+	other := cookies(t, elsewhere)
+	files := []*os.File{file(t, shared), file(t, theirs), file(t, elsewhere)}
+	server := child(t, files...)
+	for _, f := range files {
+		f.Close()
+	}
+	theirs.Close()
+	elsewhere.Close()
+	ns, err := sockets.OpenNetNS("")
+	must(t, err)
+	defer ns.Close()
+
+	for _, c := range []struct {
+		name   string
+		pid    int
+		held   []bool // of order
+		groups int
+	}{
+		{"this", os.Getpid(), []bool{true, true, false}, 1},
+		{"the other", server.Process.Pid, []bool{false, true, true}, 2},
+		{"nobody", 1 << 30, nil, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 53, PID: c.pid})
+			must(t, err)
+			if len(groups) != c.groups {
+				t.Fatalf("%d groups, want %d: %+v", len(groups), c.groups, groups)
+			}
+			if c.groups == 0 {
+				return
+			}
+			if diff := cmp.Diff(order, memberCookies(groups[0])); diff != "" {
+				t.Error(diff)
+			}
+			unseen := 0
+			for i, m := range groups[0].Members {
+				if held := len(m.Holders) > 0; held != c.held[i] {
+					t.Errorf("member %d: %+v", i, m)
+				}
+				for _, h := range m.Holders {
+					if h.PID != c.pid {
+						t.Errorf("member %d: found in %v", i, h)
+					}
+				}
+				if len(m.Holders) == 0 {
+					unseen++
+				}
+			}
+			if groups[0].Unseen != unseen {
+				t.Errorf("%d unseen members, want %d", groups[0].Unseen, unseen)
+			}
+			if c.groups == 2 && groups[1].Members[0].Cookie != other[0] {
+				t.Errorf("found %+v", groups[1])
+			}
+		})
 	}
 }
 
@@ -504,13 +571,43 @@ func TestFindLeaksNothing(t *testing.T) {
 	}
 }
 
+// What a search costs beside many processes, in all of them and in one.
 func BenchmarkFind(b *testing.B) {
-	netNS(b)
-	first := bind(b, "udp4", "127.0.0.1:0", reuseport)
-	for range 99 {
-		bind(b, "udp4", local(first).String(), reuseport)
+	for _, processes := range []int{100, 2000} {
+		b.Run(fmt.Sprintf("processes=%d", processes), func(b *testing.B) {
+			netNS(b)
+			idle(b, processes)
+			first := bind(b, "udp4", "127.0.0.1:0", reuseport)
+			for range 99 {
+				bind(b, "udp4", local(first).String(), reuseport)
+			}
+			ns, err := sockets.OpenNetNS("")
+			must(b, err)
+			defer ns.Close()
+			for _, pid := range []int{0, os.Getpid()} {
+				b.Run(map[bool]string{true: "all", false: "one"}[pid == 0], func(b *testing.B) {
+					for b.Loop() {
+						groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: local(first).Port(), PID: pid})
+						if err != nil || len(groups) != 1 {
+							b.Fatal(groups, err)
+						}
+					}
+				})
+			}
+		})
 	}
-	for b.Loop() {
-		findOne(b, first)
+}
+
+// idle starts processes that do nothing until the benchmark ends.
+func idle(b *testing.B, n int) {
+	r, w, err := os.Pipe()
+	must(b, err)
+	for range n {
+		cmd := exec.Command("cat")
+		cmd.Stdin = r
+		must(b, cmd.Start())
+		b.Cleanup(func() { cmd.Wait() })
 	}
+	r.Close()
+	b.Cleanup(func() { w.Close() }) // the first to run: all of them end
 }

@@ -49,12 +49,9 @@ func OpenNetNS(spec string) (*NetNS, error) {
 
 // NetNSes opens the network namespaces that can be seen from here, each once:
 // the caller's own first, then those of processes and those that are mounted
-// somewhere (ip-netns(8), containers), as far as the caller may enter them. One
-// that only threads, descriptors or sockets keep is not listed. The caller
-// closes them.
-//
-// Errors: ErrPermission without CAP_SYS_ADMIN or CAP_SYS_PTRACE, if there is
-// another one than the caller's own.
+// somewhere (ip-netns(8), containers). Left out are those that the caller may
+// not open or enter (CAP_SYS_PTRACE, CAP_SYS_ADMIN), and those that only threads,
+// descriptors or sockets keep. The caller closes them.
 func NetNSes() (_ []*NetNS, err error) {
 	var all []*NetNS
 	defer func() {
@@ -71,8 +68,8 @@ func NetNSes() (_ []*NetNS, err error) {
 			return nil
 		}
 		n, err := openNetNS(path)
-		if errors.Is(err, ErrNoNetNS) {
-			return nil // gone meanwhile, or something else
+		if errors.Is(err, ErrNoNetNS) || errors.Is(err, ErrPermission) {
+			return nil // gone meanwhile, or none of the caller's business
 		}
 		if err != nil {
 			return fmt.Errorf("network namespace %s: %w", path, err)

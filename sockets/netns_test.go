@@ -56,6 +56,52 @@ func TestOpenNetNS(t *testing.T) {
 	}
 }
 
+// Namespaces are found by the processes in them and by their mounts, each once.
+func TestNetNSes(t *testing.T) {
+	netNS(t)
+	inode := func() uint64 {
+		var stat unix.Stat_t
+		must(t, unix.Stat("/proc/thread-self/ns/net", &stat))
+		return stat.Ino
+	}
+	child(t)
+	child(t)
+	wanted := map[string]uint64{"a process's": inode()}
+
+	netNS(t)
+	path := filepath.Join(t.TempDir(), "a name")
+	must(t, os.WriteFile(path, nil, 0o444))
+	must(t, unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	wanted["mounted"] = inode()
+
+	netNS(t)
+	wanted["own"] = inode()
+
+	before := openFiles(t)
+	all, err := sockets.NetNSes()
+	must(t, err)
+	found := map[uint64]int{}
+	for _, ns := range all {
+		found[ns.Inode()]++
+		if ns.Cookie() == 0 {
+			t.Errorf("namespace %d has no cookie", ns.Inode())
+		}
+		must(t, ns.Close())
+	}
+	for what, inode := range wanted {
+		if found[inode] != 1 {
+			t.Errorf("the %s namespace was found %d times", what, found[inode])
+		}
+	}
+	if all[0].Inode() != wanted["own"] {
+		t.Error("the own namespace is not the first")
+	}
+	if after := openFiles(t); after > before {
+		t.Errorf("%d descriptors became %d", before, after)
+	}
+}
+
 func TestOpenNetNSNone(t *testing.T) {
 	before := openFiles(t)
 	regular := filepath.Join(t.TempDir(), "file")
