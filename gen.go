@@ -8,3 +8,4 @@ package rpsel
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type record Find bpf/find.c -- -Wall -Wextra -Werror
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux Bind bpf/bind.c -- -Wall -Wextra -Werror
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type event Watch bpf/watch.c -- -Wall -Wextra -Werror
+//go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux Netns bpf/netns.c -- -Wall -Wextra -Werror

@@ -3,11 +3,9 @@ package sockets
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -88,11 +86,11 @@ func NetNSes() (_ []*NetNS, err error) {
 	if err != nil {
 		return nil, err
 	}
-	mounted, err := MountedNetNSes("/proc/self/mountinfo")
+	mounted, err := mountedNetNSes()
 	if err != nil {
 		return nil, err
 	}
-	for _, path := range slices.AppendSeq(processes, maps.Values(mounted)) {
+	for _, path := range append(processes, mounted...) {
 		if err := add(path); err != nil {
 			return nil, err
 		}
@@ -100,22 +98,20 @@ func NetNSes() (_ []*NetNS, err error) {
 	return all, nil
 }
 
-// MountedNetNSes lists the network namespaces that are mounted somewhere in the
-// mount namespace of a process, by their names, such as "net:[4026532256]".
-// mountinfo is the file of that process; the paths are below its root.
-func MountedNetNSes(mountinfo string) (map[string]string, error) {
-	text, err := os.ReadFile(mountinfo)
+// mountedNetNSes lists where network namespaces are mounted.
+func mountedNetNSes() ([]string, error) {
+	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
 	// As fs/proc_namespace.c mangle writes it.
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	paths := map[string]string{}
+	var paths []string
 	for line := range strings.Lines(string(text)) {
 		// 41 31 0:4 net:[4026532256] /run/netns/blue rw shared:9 - nsfs nsfs rw
 		f := strings.Fields(line)
 		if len(f) > 4 && strings.HasPrefix(f[3], "net:[") {
-			paths[f[3]] = unescape.Replace(f[4])
+			paths = append(paths, unescape.Replace(f[4]))
 		}
 	}
 	return paths, nil

@@ -74,7 +74,7 @@ func Run(ctx context.Context, o Options) error {
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(),
 		groups: map[loader.Key]*group{}, failures: map[string]failure{},
-		inbox: newInbox(), ended: make(chan error, 1), polled: map[uint64]*polled{}, orphaned: map[uint64]bool{},
+		inbox: newInbox(), ended: make(chan error, 1), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
 		return err
@@ -116,16 +116,15 @@ type keeper struct {
 	groups   map[loader.Key]*group
 	failures map[string]failure
 
-	watcher  *watch.Watcher // nil: it polls
-	why      string         // it polls
-	ports    []watch.Port   // that are watched
-	missed   uint64         // events so far
-	tried    time.Time      // to watch, last
-	inbox    *inbox
-	ended    chan error // of the watcher
-	door     *door.Door
-	polled   map[uint64]*polled
-	orphaned map[uint64]bool // namespaces that nothing was seen to lead to
+	watcher *watch.Watcher // nil: it polls
+	why     string         // it polls
+	ports   []watch.Port   // that are watched
+	missed  uint64         // events so far
+	tried   time.Time      // to watch, last
+	inbox   *inbox
+	ended   chan error // of the watcher
+	door    *door.Door
+	polled  map[uint64]*polled
 }
 
 // start does what has to be done before the agent is ready. An error means that

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 
@@ -25,6 +26,9 @@ func (k *keeper) recover() error {
 	}
 	return nil
 }
+
+// keys names the groups that have state.
+func (k *keeper) keys() []loader.Key { return slices.Collect(maps.Keys(k.groups)) }
 
 // refresh looks which groups have state. It reports whether ports are watched
 // from now on that were not: nobody told of listeners that have come there.

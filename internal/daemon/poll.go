@@ -16,30 +16,34 @@ type polled struct {
 	cookies map[watch.Port][]uint64
 }
 
-// locate notes by which paths to get to the network namespaces. Their
-// descriptors are not kept: they would keep the namespaces.
+// locate notes by which paths to get to the network namespaces, and what is in
+// those that are new. Their descriptors are not kept: they would keep the
+// namespaces.
 func (k *keeper) locate() {
 	spaces, err := sockets.NetNSes()
-	k.fails("namespaces", err)
-	found := map[uint64]bool{}
-	for _, ns := range spaces {
-		if !k.concerns(ns.Cookie()) {
-			ns.Close()
-			continue
+	k.fails("namespaces of processes", err)
+	for _, s := range k.services {
+		if s.NetNS != "" && s.NetNS != config.AllNetNS {
+			if ns, err := sockets.OpenNetNS(s.NetNS); err == nil {
+				spaces = append(spaces, ns)
+			}
 		}
-		found[ns.Cookie()] = true
-		if p := k.polled[ns.Cookie()]; p != nil {
+	}
+	found := map[uint64]*polled{}
+	for _, ns := range spaces {
+		if cookie := ns.Cookie(); k.concerns(cookie) {
+			p := k.polled[cookie]
+			if p == nil {
+				p = &polled{}
+				p.cookies, err = k.bound(ns)
+				k.fails(fmt.Sprint("poll ", cookie), err)
+			}
 			p.path = ns.Path()
-		} else {
-			k.polled[ns.Cookie()] = &polled{path: ns.Path()}
+			found[cookie] = p
 		}
 		ns.Close()
 	}
-	for cookie := range k.polled {
-		if err == nil && !found[cookie] {
-			delete(k.polled, cookie)
-		}
-	}
+	k.polled = found
 }
 
 // concerns tells whether there may be something to keep in a namespace.
@@ -74,17 +78,8 @@ func (k *keeper) pollNetNS(cookie uint64, p *polled) error {
 	if ns.Cookie() != cookie {
 		return fmt.Errorf("%s: %w: it is another one now", p.path, sockets.ErrNoNetNS)
 	}
-	now := map[watch.Port][]uint64{}
-	if err := ns.Do(func() error {
-		for _, port := range k.ports {
-			cookies, err := sockets.Bound(port.Proto, port.Port)
-			if err != nil {
-				return err
-			}
-			now[port] = cookies
-		}
-		return nil
-	}); err != nil {
+	now, err := k.bound(ns)
+	if err != nil {
 		return err
 	}
 	before := p.cookies
@@ -96,7 +91,8 @@ func (k *keeper) pollNetNS(cookie uint64, p *polled) error {
 			continue
 		}
 		if looked {
-			k.inbox.note(fresh...) // what they got since the last poll has no other place to go
+			// What it got in a quarter of a second counts as new flows.
+			k.inbox.note(fresh...)
 		}
 		groups, err := sockets.Find(sockets.Query{NetNS: cookie, Proto: port.Proto, Port: port.Port})
 		if err != nil {
@@ -107,4 +103,20 @@ func (k *keeper) pollNetNS(cookie uint64, p *polled) error {
 		}
 	}
 	return nil
+}
+
+// bound lists the sockets on all ports in a network namespace.
+func (k *keeper) bound(ns *sockets.NetNS) (map[watch.Port][]uint64, error) {
+	found := map[watch.Port][]uint64{}
+	err := ns.Do(func() error {
+		for _, port := range k.ports {
+			cookies, err := sockets.Bound(port.Proto, port.Port)
+			if err != nil {
+				return err
+			}
+			found[port] = cookies
+		}
+		return nil
+	})
+	return found, err
 }

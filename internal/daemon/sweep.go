@@ -6,7 +6,6 @@ import (
 
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/watch"
-	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -21,12 +20,10 @@ func (k *keeper) sweep() error {
 	if err != nil {
 		return err
 	}
-	lives := map[loader.Key]bool{}
 	for _, g := range groups {
-		lives[g.Key] = true
 		k.keep(g)
 	}
-	k.forgetNetNSes(lives)
+	k.forgetNetNSes()
 	k.openDoors()
 	return nil
 }
