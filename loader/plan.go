@@ -169,12 +169,8 @@ func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 
 // attached tells whether the state's program picks for a live group.
 func (s *state) attached(live sockets.Group) (bool, error) {
-	info, err := s.RpselSelect.Info()
-	if err != nil {
-		return false, err
-	}
-	id, _ := info.ID()
-	return live.HasProgram && live.Program == uint32(id), nil
+	id, err := s.programID()
+	return live.HasProgram && live.Program == id, err
 }
 
 // findGroup finds the live group of a key by one of its members.

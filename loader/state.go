@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -27,6 +28,7 @@ type state struct {
 	listeners *maps.Listeners
 	sockets   *maps.Sockets
 	counters  *maps.Counters
+	programID func() (uint32, error) // of RpselSelect; asked once, for the answer takes long
 }
 
 // pins names the file of each map and program. It is the list of what a
@@ -67,6 +69,14 @@ func (s *state) view() (err error) {
 	s.flows, s.config, s.picks, s.listeners = &maps.Flows{}, &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
 	s.sockets = maps.NewSockets(s.Socks)
 	s.counters = maps.NewCounters(s.SlotCounters, s.SelectMaps.Counters)
+	s.programID = sync.OnceValues(func() (uint32, error) {
+		info, err := s.RpselSelect.Info()
+		if err != nil {
+			return 0, err
+		}
+		id, _ := info.ID()
+		return uint32(id), nil
+	})
 	config, err := maps.OpenConfig(s.SelectMaps.Config)
 	if err != nil {
 		return err

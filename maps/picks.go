@@ -74,55 +74,89 @@ func (t Table) Grow(n int, limit uint32) Table {
 // Weights count relative to each other; a slot of weight zero keeps what it
 // has, and gets nothing.
 func (t Table) Deal(weights map[uint16]uint32, level ...uint16) {
-	share := t.shares(weights)
-	owned := make(map[uint16][]int)
-	var loose []int
-	for k, slot := range t {
-		if _, ok := weights[slot]; ok {
-			owned[slot] = append(owned[slot], k)
-		} else {
-			loose = append(loose, k)
-		}
-	}
-	if len(share) == 0 {
+	hands, loose := t.hands(weights)
+	if !slices.ContainsFunc(hands, func(h *hand) bool { return h.share > 0 }) {
 		for _, k := range loose {
 			t[k] = NoSlot
 		}
 		return
 	}
+	var leveled []*hand
 	for _, slot := range level {
+		if i, ok := slices.BinarySearchFunc(hands, slot, (*hand).compare); ok {
+			leveled = append(leveled, hands[i])
+		}
+	}
+	need := 0
+	for _, h := range leveled {
 		// More than its share: its weight was lowered.
-		loose = append(loose, cut(owned, slot, len(owned[slot])-share[slot])...)
+		loose = h.cut(loose, h.has-h.share)
+		need += h.share - h.has
 	}
-	need := -len(loose)
-	for _, slot := range level {
-		need += max(0, share[slot]-len(owned[slot]))
-	}
-	loose = append(loose, t.levy(owned, share, max(0, need))...)
+	loose = levy(loose, hands, need-len(loose))
 	// Deal in turns, so that neighbours do not all get the same heir.
-	deal := func(receivers []uint16) {
+	deal := func(receivers []*hand) {
 		for dealt := true; dealt; {
 			dealt = false
-			for _, slot := range receivers {
-				if len(loose) > 0 && len(owned[slot]) < share[slot] {
-					k := loose[0]
+			for _, h := range receivers {
+				if len(loose) > 0 && h.has < h.share {
+					t[loose[0]] = h.slot
 					loose = loose[1:]
-					t[k] = slot
-					owned[slot] = append(owned[slot], k)
+					h.has++
 					dealt = true
 				}
 			}
 		}
 	}
-	receivers := slices.Sorted(maps.Keys(share))
-	deal(level)
-	deal(receivers)
+	deal(leveled)
+	deal(hands)
 	// Slots without weight hold on to theirs, so that shares are too large to be
 	// met: everybody may have more.
-	for slot := range share {
-		share[slot] = len(t)
+	for _, h := range hands {
+		if h.share > 0 {
+			h.share = len(t)
+		}
 	}
-	deal(receivers)
+	deal(hands)
+}
+
+// hand is what a slot has of a table.
+type hand struct {
+	slot    uint16
+	share   int     // how many entries it is due
+	has     int     // how many it has
+	entries []int32 // which it had at first
+}
+
+func (h *hand) compare(slot uint16) int { return cmp.Compare(h.slot, slot) }
+
+// hands sorts the entries out: what each slot in weights has, by slot, and what
+// is of no such slot.
+func (t Table) hands(weights map[uint16]uint32) (hands []*hand, loose []int32) {
+	share := t.shares(weights)
+	var of [Slots]*hand
+	for _, slot := range slices.Sorted(maps.Keys(weights)) {
+		of[slot] = &hand{slot: slot, share: share[slot]}
+		hands = append(hands, of[slot])
+	}
+	for _, slot := range t {
+		if slot < Slots && of[slot] != nil {
+			of[slot].has++
+		}
+	}
+	room := make([]int32, len(t))
+	for _, h := range hands {
+		h.entries, room = room[:0:h.has], room[h.has:]
+	}
+	loose = room[:0]
+	for k, slot := range t {
+		if slot < Slots && of[slot] != nil {
+			of[slot].entries = append(of[slot].entries, int32(k))
+		} else {
+			loose = append(loose, int32(k))
+		}
+	}
+	return hands, loose
 }
 
 // shares returns how many entries each slot with a weight is due: whole
@@ -162,41 +196,35 @@ func (t Table) shares(weights map[uint16]uint32) map[uint16]int {
 }
 
 // levy takes n entries from those that have more than their share, each giving
-// in proportion to its surplus.
-func (t Table) levy(owned map[uint16][]int, share map[uint16]int, n int) []int {
-	surplus := make(map[uint16]int)
+// in proportion to its surplus, and adds them to taken.
+func levy(taken []int32, hands []*hand, n int) []int32 {
 	total := 0
-	for slot, entries := range owned {
-		if over := len(entries) - share[slot]; over > 0 {
-			surplus[slot] = over
-			total += over
-		}
+	for _, h := range hands {
+		total += max(0, h.has-h.share)
 	}
-	n = min(n, total)
-	var taken []int
-	for _, slot := range slices.Sorted(maps.Keys(surplus)) {
-		give := min(surplus[slot], (surplus[slot]*n+total-1)/max(total, 1))
-		taken = append(taken, cut(owned, slot, min(give, n-len(taken)))...)
+	end := len(taken) + max(0, min(n, total))
+	n = end - len(taken)
+	for _, h := range hands {
+		if surplus := h.has - h.share; surplus > 0 {
+			give := min(surplus, (surplus*n+total-1)/total)
+			taken = h.cut(taken, min(give, end-len(taken)))
+		}
 	}
 	return taken
 }
 
-// cut takes n entries, evenly spaced, from what a slot owns.
-func cut(owned map[uint16][]int, slot uint16, n int) []int {
-	entries := owned[slot]
+// cut takes n entries, evenly spaced, from what a slot has, and adds them to
+// taken. A hand is cut once.
+func (h *hand) cut(taken []int32, n int) []int32 {
 	if n <= 0 {
-		return nil
+		return taken
 	}
-	taken := make([]int, 0, n)
-	kept := make([]int, 0, len(entries)-n)
-	for i, k := range entries {
-		if (i+1)*n/len(entries) > i*n/len(entries) {
+	for i, k := range h.entries {
+		if (i+1)*n/len(h.entries) > i*n/len(h.entries) {
 			taken = append(taken, k)
-		} else {
-			kept = append(kept, k)
 		}
 	}
-	owned[slot] = kept
+	h.has -= n
 	return taken
 }
 
