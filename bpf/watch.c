@@ -92,13 +92,13 @@ int rpsel_watch6(struct bpf_sock *sk)
 SEC("sockops")
 int rpsel_watch_listen(struct bpf_sock_ops *ctx)
 {
+	struct bpf_sock *sk = ctx->sk; /* each load may be null to the verifier */
 	struct binder unknown = {}, *b;
 	struct event e = {};
 
-	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || !ctx->sk ||
-	    !watched(IPPROTO_TCP, ctx->local_port))
+	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || !sk || !watched(IPPROTO_TCP, ctx->local_port))
 		return 1;
-	b = bpf_sk_storage_get(&binders, ctx->sk, NULL, 0);
+	b = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	describe_listener(&e, ctx);
 	tell(&e, b ? b : &unknown);
 	return 1;
