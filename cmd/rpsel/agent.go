@@ -52,8 +52,7 @@ Listeners are reported by programs on a cgroup2 directory. Where another tool's
 program there leaves no place for them, or there is no cgroup2, the agent asks
 for new sockets four times a second instead; "rpsel status" says so, and why.`,
 		Example: `  rpsel agent
-  rpsel agent --config services.toml -v
-  rpsel check --config services.toml`,
+  rpsel agent --config services.toml -v`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)

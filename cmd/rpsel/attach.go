@@ -56,6 +56,7 @@ attached before it are detached again.`,
 			if err != nil {
 				return err
 			}
+			a.findAgent(e)
 			return a.printStatus(e, list, asJSON, noHeader)
 		},
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -21,24 +23,37 @@ import (
 func newCheckCmd(e *env) *cobra.Command {
 	c := checker{}
 	var asJSON, noHeader bool
+	var file string
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Say what this machine can do, and what is missing",
 		Long: `Say what this machine can do and what is missing; with --port also what sits on
-the port and whether it can be attached. The exit code is 0 if attach can work,
+the port and whether it can be attached, and with --config the same for each
+service of an agent's file, if there is no mistake in it (exit code 2). The exit code is 0 if attach can work,
 else that of the first thing in its way (4 or 5). Nothing is changed.`,
 		Example: `  rpsel check
-  rpsel check --port 1194 -j`,
+  rpsel check --port 1194 -j
+  rpsel check --config services.toml`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if c.port == 0 && (c.proto != 0 || c.addr.IsValid() || c.netns != "") {
 				return usageError("--proto, --addr and --netns need --port: use a number from 1 to 65535")
+			}
+			var services []config.Service
+			if file != "" {
+				var err error
+				if services, err = config.Load(file); err != nil {
+					return configError(err)
+				}
 			}
 			c.machine()
 			if c.port != 0 {
 				if err := c.onPort(); err != nil {
 					return err
 				}
+			}
+			if c.obstacle == nil { // without those nothing is found
+				c.onServices(services)
 			}
 			if err := c.print(e, asJSON, noHeader); err != nil {
 				return err
@@ -51,6 +66,7 @@ else that of the first thing in its way (4 or 5). Nothing is changed.`,
 		},
 	}
 	c.addGroupFlags(cmd)
+	addConfigFlag(cmd, &file, "look for mistakes in the agent's `FILE`, and what its services find")
 	c.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	addNoHeaderFlag(cmd, &noHeader)
@@ -64,6 +80,7 @@ type checker struct {
 	findings []finding
 	admin    bool // CAP_SYS_ADMIN is in effect
 	members  []memberFinding
+	services []serviceFinding
 	obstacle *finding // the first that attach cannot do without
 	code     int      // its exit code
 }
@@ -365,11 +382,12 @@ func (c *checker) print(e *env, asJSON, noHeader bool) error {
 			c.members = []memberFinding{}
 		}
 		return writeJSON(e.out, struct {
-			Schema  int             `json:"schema"`
-			Attach  bool            `json:"attach"`
-			Checks  []finding       `json:"checks"`
-			Sockets []memberFinding `json:"sockets"`
-		}{schema, c.obstacle == nil, c.findings, c.members})
+			Schema   int              `json:"schema"`
+			Attach   bool             `json:"attach"`
+			Checks   []finding        `json:"checks"`
+			Sockets  []memberFinding  `json:"sockets"`
+			Services []serviceFinding `json:"services"`
+		}{schema, c.obstacle == nil, c.findings, c.members, slices.Concat([]serviceFinding{}, c.services)})
 	}
 	t := table{columns: []column{{"CHECK", false}, {"STATE", false}, {"NEEDED FOR", false}, {"DETAIL", false}}}
 	for _, f := range c.findings {
@@ -377,6 +395,16 @@ func (c *checker) print(e *env, asJSON, noHeader bool) error {
 	}
 	if err := t.write(e.out, !noHeader); err != nil {
 		return err
+	}
+	if len(c.services) > 0 {
+		fmt.Fprintln(e.out)
+		t = table{columns: []column{{"LINE", true}, {"SERVICE", false}, {"STATE", false}, {"DETAIL", false}}}
+		for _, s := range c.services {
+			t.add(strconv.Itoa(s.Line), s.Service, okText(s.OK), s.Detail)
+		}
+		if err := t.write(e.out, !noHeader); err != nil {
+			return err
+		}
 	}
 	if len(c.members) == 0 {
 		return nil

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -21,10 +22,22 @@ type scope struct {
 	addr  netip.Addr    // invalid: not given
 	netns string        // "": the caller's
 	bpffs string        // "": the usual one
+
+	agent *daemon.Info // nil: none was found
 }
 
 // fs is where the state is.
 func (s *scope) fs() loader.FS { return loader.FS(s.bpffs) }
+
+// findAgent looks for the agent that keeps the scope's state. That it cannot be
+// told is no reason to fail.
+func (s *scope) findAgent(e *env) {
+	found, err := daemon.Running(s.bpffs)
+	if err != nil {
+		e.explain("whether an agent runs cannot be told: %v", err)
+	}
+	s.agent = found
+}
 
 // addPortFlag adds --port alone.
 func (s *scope) addPortFlag(cmd *cobra.Command, usage string) {

@@ -14,13 +14,16 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -56,6 +59,8 @@ func without() {
 // system of its own. Besides testscript's commands they have:
 //
 //	exits CODE COMMAND…          run a command that exits with this code
+//	await N PROTO PORT           wait until so many listeners are registered and
+//	                             have settled
 //	device NAME                  make a network interface
 //	serve NAME NETWORK ADDR OPT… start a server of 1 socket; options are a
 //	                             number of sockets, plain (no SO_REUSEPORT),
@@ -86,6 +91,7 @@ func TestScripts(t *testing.T) {
 			"exits":     exits,
 			"device":    device,
 			"foreign":   inWorld((*world).foreign),
+			"await":     inWorld((*world).await),
 			"serve":     inWorld((*world).serve),
 			"die":       inWorld((*world).die),
 			"ask":       inWorld((*world).ask),
@@ -131,7 +137,13 @@ func (w *world) enter() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return os.NewSyscallError("mount", err)
 	}
-	return os.NewSyscallError("mount", unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"))
+	// An agent outside keeps its run directory.
+	if err := os.MkdirAll(agent.DefaultDir, 0o755); err != nil {
+		return err
+	}
+	return errors.Join(
+		os.NewSyscallError("mount", unix.Mount("tmpfs", agent.DefaultDir, "tmpfs", 0, "mode=0755")),
+		os.NewSyscallError("mount", unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700")))
 }
 
 const bpffs = "/sys/fs/bpf"
@@ -191,6 +203,37 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 	s := testnet.StartGroup(w.t, w.ns, n, o)
 	w.servers[args[0]] = s
 	ts.Setenv(args[0], strconv.Itoa(s.PID()))
+}
+
+// await waits for an agent to do its work.
+func (w *world) await(ts *testscript.TestScript, args []string) {
+	n, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	s := scope{netns: w.ns.Path(), bpffs: bpffs}
+	ts.Check((*protoValue)(&s.proto).Set(args[1]))
+	ts.Check((*portValue)(&s.port).Set(args[2]))
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		groups, err := s.open()
+		var list []loader.Status
+		if err == nil {
+			list, err = statuses(groups)
+			closeAll(groups)
+		}
+		alive := 0
+		for _, status := range list {
+			for _, l := range status.Listeners {
+				if status.Attached && status.Settling == 0 && l.State != "dead" {
+					alive++
+				}
+			}
+		}
+		if alive == n {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("waited in vain for %d listeners: %s has %d, %v", n, &s, alive, err)
+		}
+	}
 }
 
 // foreign attaches a classic program that picks the first member.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -40,6 +41,7 @@ socket's own.`,
 			if err != nil {
 				return err
 			}
+			s.findAgent(e)
 			if len(list) == 0 {
 				e.say(`nothing is attached: "rpsel attach" makes a port sticky`)
 			}
@@ -59,6 +61,9 @@ socket's own.`,
 // printStatus prints groups as a table or as JSON, and says what should not be
 // overlooked.
 func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool) error {
+	if s.agent != nil && s.agent.Mode == daemon.Polling {
+		e.warn("the agent (pid %d) polls for new listeners: %s", s.agent.PID, s.agent.Reason)
+	}
 	for _, status := range list {
 		name := s.groupName(status.Key)
 		if status.AllDraining {
@@ -171,6 +176,7 @@ func unlessNegative(n int) string {
 type statusJSON struct {
 	Schema int               `json:"schema"`
 	Groups []groupStatusJSON `json:"groups"`
+	Agent  *daemon.Info      `json:"agent"` // null: none runs
 }
 
 type groupStatusJSON struct {
@@ -234,7 +240,7 @@ type listenerJSON struct {
 }
 
 func (s *scope) statusJSON(list []loader.Status) statusJSON {
-	document := statusJSON{schema, []groupStatusJSON{}}
+	document := statusJSON{schema, []groupStatusJSON{}, s.agent}
 	for _, status := range list {
 		g := groupStatusJSON{
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),

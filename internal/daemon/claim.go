@@ -134,5 +134,8 @@ func Running(bpffs string) (*Info, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // it is about to start, or to end
 	}
-	return &i, err
+	if err != nil {
+		return nil, err
+	}
+	return &i, nil
 }
