@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"os/signal"
 	"slices"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -169,7 +171,7 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 			// The first search takes much longer than all others, and the first
 			// listener may come soon.
 			if keys, err := fs.Keys(0); err == nil && len(keys) > 0 {
-				_, _ = sockets.Find(sockets.Query{NetNS: keys[0].NetNS, Proto: keys[0].Proto, Port: keys[0].Addr.Port()})
+				_, _ = sockets.Find(sockets.Query{Port: keys[0].Addr.Port(), PID: os.Getpid()})
 			}
 		},
 		Listening: func(events []watch.Event) {
@@ -194,104 +196,124 @@ func listenerHandler(e *env, fs loader.FS, forced string) force.Handler {
 // registerAll registers the listeners that belong to an attached group, and
 // reports on those.
 func registerAll(fs loader.FS, events []watch.Event, report func(watch.Event, int, error)) {
-	r := registrar{fs: fs, found: map[place][]sockets.Group{}, opened: map[loader.Key]*loader.Group{}}
-	defer r.close()
 	keys, err := fs.Keys(0)
+	r := registrar{fs: fs, found: map[sockets.Query][]sockets.Group{}}
+	came := map[loader.Key]*joiners{}
 	for _, event := range events {
-		attached := func(k loader.Key) bool { return k.Proto == event.Proto && k.Addr == event.Addr }
+		attached := func(k loader.Key) bool {
+			return k.Proto == event.Proto && k.Addr == event.Addr && (event.NetNS == 0 || k.NetNS == event.NetNS)
+		}
 		if err != nil {
 			report(event, 0, err)
 		} else if slices.ContainsFunc(keys, attached) {
-			slot, err := r.register(event)
-			if !errors.Is(err, loader.ErrNotAttached) {
-				report(event, slot, err)
+			key, conn, err := r.borrow(event)
+			if err != nil {
+				report(event, 0, err)
+				continue
+			}
+			// Kept open, it would keep a dead server's socket in the group.
+			defer conn.Close()
+			if came[key] == nil {
+				came[key] = &joiners{}
+			}
+			came[key].events, came[key].conns = append(came[key].events, event), append(came[key].conns, conn)
+		}
+	}
+	for key, j := range came {
+		for i, answer := range r.register(key, j.conns) {
+			if !errors.Is(answer.Err, loader.ErrNotAttached) {
+				report(j.events[i], answer.Slot, answer.Err)
 			}
 		}
 	}
+}
+
+// joiners are listeners of one group.
+type joiners struct {
+	events []watch.Event
+	conns  []syscall.Conn
 }
 
 // registrar registers listeners that came at the same time.
 type registrar struct {
-	fs     loader.FS
-	found  map[place][]sockets.Group
-	opened map[loader.Key]*loader.Group
+	fs    loader.FS
+	found map[sockets.Query][]sockets.Group // what has been looked for
 }
 
-// place is where to look for sockets.
-type place struct {
-	proto sockets.Proto
-	port  uint16
-}
-
-func (r *registrar) close() {
-	for _, group := range r.opened {
-		group.Close()
+// register registers listeners of one group.
+func (r *registrar) register(key loader.Key, conns []syscall.Conn) []loader.Registration {
+	answers, err := func() ([]loader.Registration, error) {
+		group, err := r.fs.Open(key)
+		if err != nil {
+			return nil, err
+		}
+		defer group.Close()
+		answers, err := group.RegisterAll(conns)
+		if errors.Is(err, loader.ErrNotAttached) {
+			return r.attachAgain(key, conns)
+		}
+		return answers, err
+	}()
+	if err != nil {
+		return slices.Repeat([]loader.Registration{{Err: err}}, len(conns))
 	}
+	return answers
 }
 
-// register registers one listener.
-func (r *registrar) register(event watch.Event) (slot int, err error) {
+// attachAgain attaches the group of listeners that are the first after all the
+// group's sockets had closed, and the program with them. Like "rpsel attach" it
+// registers whatever else is there.
+func (r *registrar) attachAgain(key loader.Key, conns []syscall.Conn) ([]loader.Registration, error) {
+	if keys, err := r.fs.Keys(key.NetNS); err != nil || !slices.Contains(keys, key) {
+		return nil, errors.Join(loader.ErrNotAttached, err) // detached meanwhile
+	}
+	group, err := r.fs.Attach(conns[0], loader.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer group.Close()
+	return group.RegisterAll(conns)
+}
+
+// borrow borrows a listener, and names its group. The caller closes it.
+func (r *registrar) borrow(event watch.Event) (loader.Key, *sockets.Conn, error) {
 	group, socket, err := r.find(event)
 	if err != nil {
-		return 0, err
+		return loader.Key{}, nil, err
 	}
-	if r.opened[group.Key] == nil {
-		if r.opened[group.Key], err = r.fs.Open(group.Key); err != nil {
-			delete(r.opened, group.Key)
-			return 0, err
-		}
-	}
-	// One in use may be registered already, and Register knows by whom.
+	// One in use may be registered already, and RegisterAll knows by whom.
 	if err := socket.Check(); err != nil && !errors.Is(err, sockets.ErrInUse) {
-		return 0, err
+		return loader.Key{}, nil, err
 	}
 	for _, h := range socket.Holders {
 		var conn *sockets.Conn
 		if conn, err = sockets.Take(h, socket.Cookie); err == nil {
-			defer conn.Close()
-			slot, err := r.opened[group.Key].Register(conn)
-			if errors.Is(err, loader.ErrNotAttached) {
-				return r.attachAgain(conn)
-			}
-			return slot, err
+			return group.Key, conn, nil
 		}
 	}
-	return 0, err
+	return loader.Key{}, nil, err
 }
 
-// attachAgain attaches the group of a listener that is the first after all the
-// group's sockets had closed, and the program with them. Like "rpsel attach" it
-// registers whatever else is there.
-func (r *registrar) attachAgain(conn *sockets.Conn) (slot int, err error) {
-	key, err := sockets.KeyOf(conn)
-	if err != nil {
-		return 0, err
-	}
-	if keys, err := r.fs.Keys(key.NetNS); err != nil || !slices.Contains(keys, key) {
-		return 0, errors.Join(loader.ErrNotAttached, err) // detached meanwhile
-	}
-	group, err := r.fs.Attach(conn, loader.Options{})
-	if err != nil {
-		return 0, err
-	}
-	defer group.Close()
-	return group.Register(conn)
-}
-
-// find finds a listener and its group.
+// find finds a listener and its group: in the process that bound it, or, in
+// another pid namespace or if that has passed it on, in all.
 func (r *registrar) find(event watch.Event) (group sockets.Group, socket sockets.Socket, err error) {
-	at := place{event.Proto, event.Addr.Port()}
-	if _, ok := r.found[at]; !ok {
-		if r.found[at], err = sockets.Find(sockets.Query{Proto: at.proto, Port: at.port}); err != nil {
-			return group, socket, err
+	everywhere := sockets.Query{NetNS: event.NetNS, Proto: event.Proto, Port: event.Addr.Port()}
+	there := everywhere
+	there.PID = event.PID
+	for _, q := range []sockets.Query{there, everywhere} {
+		if _, ok := r.found[q]; !ok {
+			if r.found[q], err = sockets.Find(q); err != nil {
+				return group, socket, err
+			}
 		}
-	}
-	for _, g := range r.found[at] {
-		for _, m := range g.Members {
-			// The cookie of an MPTCP listener is not the one that was reported.
-			byPID := func(h sockets.Holder) bool { return h.PID == event.PID }
-			if m.Cookie == event.Cookie || m.MPTCP && g.Addr == event.Addr && slices.ContainsFunc(m.Holders, byPID) {
-				return g, m, nil
+		for _, g := range r.found[q] {
+			for _, m := range g.Members {
+				// The cookie of an MPTCP listener is not the one that was reported.
+				byPID := func(h sockets.Holder) bool { return h.PID == event.PID }
+				mptcp := m.MPTCP && g.Addr == event.Addr && slices.ContainsFunc(m.Holders, byPID)
+				if (m.Cookie == event.Cookie || mptcp) && len(m.Holders) > 0 {
+					return g, m, nil
+				}
 			}
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/internal/watch"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 func TestRunUsage(t *testing.T) {
@@ -264,4 +268,61 @@ func buildCommand(t testing.TB) string {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path
+}
+
+// In another pid namespace the pid of an event is somebody else's: the cookie
+// tells which socket it is.
+func TestRegisterByCookie(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 1, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	bound := func() (cookies []uint64) {
+		t.Helper()
+		err := ns.Do(func() (err error) {
+			cookies, err = sockets.Bound(sockets.UDP, 1194)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cookies
+	}
+	r := registrar{fs: fs, found: map[sockets.Query][]sockets.Group{}}
+	event := watch.Event{Proto: sockets.UDP, Addr: servers.Addr, Cookie: bound()[0], NetNS: ns.Cookie(), PID: servers.PID()}
+	key, conn, err := r.borrow(event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	group, err := fs.Attach(conn, loader.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer group.Close()
+
+	for _, pid := range []int{0, os.Getpid(), 1 << 30} {
+		had := bound()
+		servers.Add()
+		event.PID = pid
+		for _, cookie := range bound() {
+			if !slices.Contains(had, cookie) {
+				event.Cookie = cookie
+			}
+		}
+		registered := false
+		registerAll(fs, []watch.Event{event}, func(_ watch.Event, slot int, err error) {
+			registered = err == nil && slot == len(had)
+		})
+		if !registered {
+			t.Errorf("pid %d: not registered", pid)
+		}
+	}
+	status, err := group.Status()
+	if err != nil || len(status.Listeners) != 4 || status.Key != key {
+		t.Fatalf("%+v, %v", status, err)
+	}
+	for _, l := range status.Listeners {
+		if l.PID != servers.PID() {
+			t.Errorf("slot %d: process %d, want %d", l.Slot, l.PID, servers.PID())
+		}
+	}
 }

@@ -37,6 +37,8 @@ type ServerOptions struct {
 	UID int
 	// Sockopts are set before bind.
 	Sockopts []Sockopt
+	// Cgroup is the cgroup2 directory the process starts in, "" for the test's.
+	Cgroup string
 	// Wrap is a command line that runs the server's, which is appended to it.
 	Wrap []string
 }
@@ -114,6 +116,12 @@ func start(t testing.TB, ns *NetNS, w work) (_ *Server, err error) {
 	s.cmd.Env = append(os.Environ(), envServe+"="+string(env))
 	s.cmd.Stdin, s.cmd.Stdout, s.cmd.Stderr = childIn, childOut, &s.stderr
 	s.cmd.WaitDelay = 5 * time.Second // what a wrapper leaves may hold standard error
+	if w.Cgroup != "" {
+		dir, err := os.Open(w.Cgroup)
+		must(t, err)
+		defer dir.Close()
+		s.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	}
 	must(t, ns.Start(s.cmd))
 	t.Cleanup(func() {
 		s.Kill()
