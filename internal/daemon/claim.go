@@ -67,6 +67,7 @@ func newClaim(bpffs string) (*claim, error) {
 		lock.Close()
 		return nil, err
 	}
+	os.Remove(filepath.Join(dir, infoName)) // of one that was killed
 	return &claim{dir, lock}, nil
 }
 

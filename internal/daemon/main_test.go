@@ -14,12 +14,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
 
-func TestMain(m *testing.M) { testnet.Main(m) }
+func TestMain(m *testing.M) {
+	tickTime, sweepTime, retryTime = 100*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
+	testnet.Main(m)
+}
 
 // testAgent is an agent in this process.
 type testAgent struct {
@@ -64,8 +68,13 @@ func start(t testing.TB, fs, services string, change ...func(*Options)) *testAge
 			t.Error(err)
 		}
 	})
+	dir, err := agent.Dir(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		a.stop()
+		os.RemoveAll(dir)
 		if t.Failed() {
 			t.Logf("the agent said:\n%s", a.said())
 		}

@@ -1,0 +1,392 @@
+package daemon
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
+)
+
+// Containers come and go: each has its servers kept, and the state of one that is
+// gone goes too. The port is one that no other test of this machine has.
+func TestNamespaces(t *testing.T) {
+	const port, addr = 27194, "127.0.0.1:27194"
+	fs := testnet.BPFFS(t)
+	a := start(t, fs, fmt.Sprintf("[[service]]\nport = %d\nnetns = \"all\"\n", port))
+	serve := func(t *testing.T) (*testnet.NetNS, *testnet.Clients) {
+		ns := testnet.New(t)
+		servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
+		a.awaitListeners(keyOf(ns, loader.UDP, addr), 3)
+		clients := testnet.NewClients(t, ns, 100, addr)
+		before := clients.Ask()
+		servers.Close(0)
+		if moved := testnet.Moved(before, clients.Ask(), "s0"); moved != 0 {
+			t.Errorf("%d flows moved", moved)
+		}
+		return ns, clients
+	}
+	_, clients := serve(t)
+	before := clients.Ask()
+	var gone uint64
+	t.Run("container", func(t *testing.T) {
+		ns, _ := serve(t)
+		gone = ns.Cookie()
+	})
+	state := filepath.Join(fs, "rpsel", fmt.Sprint(gone))
+	await(t, "the state of the namespace to go", func() bool {
+		_, err := os.Stat(state)
+		return os.IsNotExist(err)
+	})
+	a.awaitSaid(`msg="state removed: its network namespace is gone" group="udp 127.0.0.1:27194" netns_cookie=` + fmt.Sprint(gone))
+	if moved := testnet.Moved(before, clients.Ask()); moved != 0 {
+		t.Errorf("%d flows of the other namespace moved", moved)
+	}
+	serve(t)
+}
+
+// The state of a namespace in which no server is left stays, as long as
+// anything may start one there.
+func TestNamespaceStays(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	only := testnet.StartServer(t, ns, options)
+	a := start(t, fs, service(ns, 1194))
+	only.Kill()
+	var gone string
+	t.Run("another", func(t *testing.T) {
+		other := testnet.New(t)
+		testnet.StartServer(t, other, options)
+		for _, g := range findPort(t, other, 1194) {
+			conn, err := sockets.TakeMember(g)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			attached, err := a.fs.Attach(conn, loader.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			attached.Close()
+		}
+		gone = fmt.Sprint("netns_cookie=", other.Cookie())
+	})
+	a.awaitSaid(gone) // so it has looked at all
+	if _, ok := status(t, a.fs, keyOf(ns, loader.UDP, addr)); !ok {
+		t.Error("the state is gone")
+	}
+	testnet.StartServer(t, ns, options)
+	a.awaitSaid(`msg="attached again"`)
+}
+
+// SIGHUP: what is new is attached, what is gone stays attached, times change,
+// what is fixed is told, and a wrong file changes nothing.
+func TestReload(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	for _, port := range []string{"1194", "1195"} {
+		testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:" + port, ReusePort: true})
+	}
+	one, two := keyOf(ns, loader.UDP, "127.0.0.1:1194"), keyOf(ns, loader.UDP, "127.0.0.1:1195")
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`, `idle = "1m"`, `flows = 1000`))
+	if s := a.awaitListeners(one, 2); s.Idle != time.Minute || s.Capacity != 1000 {
+		t.Errorf("attached with %+v", s)
+	}
+	reload := func(services, said string) {
+		t.Helper()
+		before := strings.Count(a.said(), said)
+		a.write(services)
+		a.reload <- unix.SIGHUP
+		await(t, "the agent to say "+said, func() bool { return strings.Count(a.said(), said) > before })
+	}
+	reload("[[service]]\nport = 0\n", "level=ERROR msg=\"the configuration stays as it was: "+a.config+":2: port: use a number from 1 to 65535\"")
+	if s, _ := status(t, a.fs, one); s.Idle != time.Minute {
+		t.Errorf("after a wrong file: %+v", s)
+	}
+	reload(service(ns, 1194, `settle = "0s"`, `idle = "2m"`, `flows = 2000`)+service(ns, 1195, `settle = "0s"`), "flows 2000: fixed while attached, with 1000")
+	a.awaitListeners(two, 2)
+	await(t, "the new time", func() bool {
+		s, _ := status(t, a.fs, one)
+		return s.Idle == 2*time.Minute && s.Capacity == 1000 && s.Settling == 0
+	})
+	reload(service(ns, 1195, `settle = "0s"`), `msg="service removed: what is attached stays so, \"rpsel detach --port 1194\" ends that"`)
+	if s, ok := status(t, a.fs, one); !ok || !s.Attached {
+		t.Errorf("without its service: %+v", s)
+	}
+	testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	a.awaitListeners(one, 3)
+}
+
+// Another tool's program leaves no place for ours: the agent polls, says why, and
+// goes back to events when the way is free.
+func TestPolling(t *testing.T) {
+	for _, kind := range []struct {
+		name  string
+		flags uint32
+		mode  Mode
+	}{
+		{"exclusive", 0, Polling},
+		{"override", unix.BPF_F_ALLOW_OVERRIDE, Polling},
+		{"multi", unix.BPF_F_ALLOW_MULTI, Events},
+	} {
+		t.Run(kind.name, func(t *testing.T) {
+			ns, fs := testnet.New(t), testnet.BPFFS(t)
+			above := newCgroup(t, "")
+			below := newCgroup(t, above)
+			detach := occupy(t, above, kind.flags)
+			options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true, Cgroup: below}
+			key := keyOf(ns, loader.UDP, addr)
+
+			a := start(t, fs, service(ns, 1194), func(o *Options) { o.Cgroup = below })
+			info := running(t, fs)
+			if info.Mode != kind.mode || (info.Mode == Polling) != strings.Contains(info.Reason, "other_tool") || info.PID != os.Getpid() {
+				t.Errorf("it says %+v", info)
+			}
+			options.Name = "a"
+			first := testnet.StartGroup(t, ns, 3, options)
+			a.awaitListeners(key, 3)
+			clients := testnet.NewClients(t, ns, 100, addr)
+			before := clients.Ask()
+			options.Name = "b"
+			testnet.StartServer(t, ns, options)
+			a.awaitListeners(key, 4)
+			first.Close(0)
+			if moved := testnet.Moved(before, clients.Ask(), "a0"); moved != 0 {
+				t.Errorf("%d flows moved", moved)
+			}
+			if shares := testnet.Shares(testnet.NewClients(t, ns, 200, addr).Ask()); shares["b"] == 0 {
+				t.Errorf("new flows: %v", shares)
+			}
+
+			detach()
+			await(t, "events", func() bool { return running(t, fs).Mode == Events })
+			options.Name = "c"
+			testnet.StartServer(t, ns, options)
+			a.awaitListeners(key, 4)
+		})
+	}
+}
+
+func running(t *testing.T, fs string) Info {
+	t.Helper()
+	info, err := Running(fs)
+	if err != nil || info == nil {
+		t.Fatal(info, err)
+	}
+	return *info
+}
+
+// newCgroup makes a cgroup below a directory, or below the test's own ("").
+func newCgroup(t *testing.T, below string) string {
+	t.Helper()
+	testnet.Privileged(t)
+	if below == "" {
+		own, err := cgroup.Own()
+		if err != nil {
+			t.Fatal(err)
+		}
+		below = own
+	}
+	dir, err := os.MkdirTemp(below, "rpsel-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		await(t, "processes to leave "+dir, func() bool { return os.Remove(dir) == nil })
+	})
+	return dir
+}
+
+// occupy attaches a program to a cgroup as tools do that know nothing of links.
+func occupy(t *testing.T, dir string, flags uint32) (detach func()) {
+	t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "other_tool", Type: ebpf.CGroupSock, AttachType: ebpf.AttachCGroupInet4PostBind, License: "Dual MIT/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { program.Close() })
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := link.RawAttachProgram(link.RawAttachProgramOptions{
+		Target: int(f.Fd()), Program: program, Attach: ebpf.AttachCGroupInet4PostBind, Flags: flags,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		t.Helper()
+		if err := link.RawDetachProgram(link.RawDetachProgramOptions{
+			Target: int(f.Fd()), Program: program, Attach: ebpf.AttachCGroupInet4PostBind,
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A server closes its socket and binds another, as OpenVPN does at SIGUSR1: a
+// listener left, and one came. Nobody else's flows move.
+func TestRebind(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	key := keyOf(ns, loader.UDP, addr)
+	a := start(t, fs, service(ns, 1194))
+	server := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
+	a.awaitListeners(key, 3)
+	clients := testnet.NewClients(t, ns, 200, addr)
+	before := clients.Ask()
+	server.Close(0)
+	server.Add()
+	a.awaitListeners(key, 3)
+	if moved := testnet.Moved(before, clients.Ask(), "s0"); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+	if shares := testnet.Shares(testnet.NewClients(t, ns, 200, addr).Ask()); shares["s3"] == 0 {
+		t.Errorf("new flows: %v", shares)
+	}
+}
+
+// A group that a command attaches while the agent runs is kept, too.
+func TestAttachedMeanwhile(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	key := keyOf(ns, loader.UDP, addr)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	a := start(t, fs, "")
+	testnet.StartServer(t, ns, options)
+	conn, err := sockets.TakeMember(findPort(t, ns, 1194)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := a.fs.Attach(conn, loader.Options{Settle: -1})
+	conn.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Close()
+	testnet.StartServer(t, ns, options)
+	a.awaitListeners(key, 2)
+	if _, err := a.fs.Detach(key); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitSaid("msg=detached")
+	if found := findPort(t, ns, 1194); found[0].HasProgram {
+		t.Error("it is attached again, and nobody asked for it")
+	}
+}
+
+// A live server without SO_REUSEPORT is adopted if its service says so, and told
+// of once if not.
+func TestAdopt(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, Name: "a"}
+	key := keyOf(ns, loader.UDP, addr)
+	testnet.StartServer(t, ns, options)
+	clients := testnet.NewClients(t, ns, 100, addr)
+	before := clients.Ask()
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`))
+	const refused = "socket was bound without SO_REUSEPORT"
+	a.awaitSaid(refused)
+	a.write(service(ns, 1194, `settle = "0s"`, "adopt = true"))
+	a.reload <- unix.SIGHUP
+	a.awaitListeners(key, 1)
+	if n := strings.Count(a.said(), refused); n != 1 {
+		t.Errorf("said %d times %q", n, refused)
+	}
+	if moved := testnet.Moved(before, clients.Ask()); moved != 0 { // and all are tracked
+		t.Errorf("%d flows moved by adopting", moved)
+	}
+	options.Name, options.ReusePort = "b", true
+	testnet.StartServer(t, ns, options)
+	a.awaitListeners(key, 2)
+	if moved := testnet.Moved(before, clients.Ask()); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+	if shares := testnet.Shares(testnet.NewClients(t, ns, 200, addr).Ask()); shares["b"] == 0 {
+		t.Errorf("new flows: %v", shares)
+	}
+}
+
+// OpenVPN with "user nobody" binds as another user at SIGUSR1, and is no member
+// of its group any more.
+func TestOtherOwner(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{
+		Network: "udp4", Addr: addr, ReusePort: true,
+		Sockopts: []testnet.Sockopt{{Level: unix.SOL_SOCKET, Name: unix.SO_REUSEADDR, Value: 1}},
+	}
+	testnet.StartServer(t, ns, options)
+	a := start(t, fs, service(ns, 1194))
+	options.UID = 65534
+	testnet.StartServer(t, ns, options)
+	const warning = `sockets of different users (uid 0, 65534) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)`
+	a.awaitSaid(warning)
+	a.awaitSaid(`msg=attached group="udp 127.0.0.1:1194 uid 65534"`)
+	testnet.StartServer(t, ns, options)
+	other := keyOf(ns, loader.UDP, addr)
+	other.UID = 65534
+	a.awaitListeners(other, 2)
+	if n := strings.Count(a.said(), warning); n != 1 {
+		t.Errorf("warned %d times", n)
+	}
+}
+
+// The service manager hears what it asks for, and of the watchdog only from the
+// loop.
+func TestNotify(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	path := filepath.Join(t.TempDir(), "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	t.Setenv("WATCHDOG_USEC", "200000")
+	var heard []string
+	hears := func(what string) {
+		t.Helper()
+		buf := make([]byte, 4096)
+		for {
+			manager.SetReadDeadline(time.Now().Add(10 * time.Second))
+			n, err := manager.Read(buf)
+			if err != nil {
+				t.Fatalf("%v, want %q, heard %q", err, what, heard)
+			}
+			lines := strings.Split(string(buf[:n]), "\n")
+			heard = append(heard, lines...)
+			if slices.ContainsFunc(lines, func(l string) bool { return strings.HasPrefix(l, what) }) {
+				return
+			}
+		}
+	}
+	a := start(t, fs, service(ns, 1194))
+	hears("READY=1")
+	if slices.Contains(heard, "WATCHDOG=1") {
+		t.Error("the watchdog was told before the agent was ready")
+	}
+	hears("WATCHDOG=1")
+	hears("STATUS=")
+	a.reload <- unix.SIGHUP
+	hears("RELOADING=1")
+	if !slices.ContainsFunc(heard, func(l string) bool { return strings.HasPrefix(l, "MONOTONIC_USEC=") }) {
+		t.Errorf("heard %q", heard)
+	}
+	hears("READY=1")
+	a.stop()
+	hears("STOPPING=1")
+}
