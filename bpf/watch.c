@@ -92,8 +92,8 @@ int rpsel_watch6(struct bpf_sock *sk)
 SEC("sockops")
 int rpsel_watch_listen(struct bpf_sock_ops *ctx)
 {
+	struct bpf_sock *sk = ctx->sk; /* each load may be null to the verifier */
 	struct binder unknown = {}, *b;
-	struct bpf_sock *sk = ctx->sk; /* read once: a second read is unchecked again */
 	struct event e = {};
 
 	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || !sk || !watched(IPPROTO_TCP, ctx->local_port))

@@ -598,16 +598,22 @@ func BenchmarkFind(b *testing.B) {
 	}
 }
 
-// idle starts processes that do nothing until the benchmark ends.
+// idle starts processes that do nothing until the benchmark ends. They are not
+// this process's children, of which it would have a descriptor each.
 func idle(b *testing.B, n int) {
-	r, w, err := os.Pipe()
+	b.Helper()
+	const script = `exec 3<&0; i=0; while [ $i -lt "$1" ]; do cat <&3 & i=$((i+1)); done; echo started; wait`
+	cmd := exec.Command("sh", "-c", script, "sh", fmt.Sprint(n))
+	stdin, err := cmd.StdinPipe()
 	must(b, err)
-	for range n {
-		cmd := exec.Command("cat")
-		cmd.Stdin = r
-		must(b, cmd.Start())
-		b.Cleanup(func() { cmd.Wait() })
+	stdout, err := cmd.StdoutPipe()
+	must(b, err)
+	must(b, cmd.Start())
+	b.Cleanup(func() {
+		stdin.Close()
+		cmd.Wait()
+	})
+	if _, err := stdout.Read(make([]byte, 16)); err != nil {
+		b.Fatal(err)
 	}
-	r.Close()
-	b.Cleanup(func() { w.Close() }) // the first to run: all of them end
 }

@@ -75,15 +75,20 @@ const howToMount = "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
 // same.
 func highest(_, mountinfo string) ([]string, error) {
 	var mounts []mount
+	err := fmt.Errorf("%w: %s", ErrNoCgroup2, howToMount)
 	for line := range strings.Lines(mountinfo) {
 		m, ok := parseMount(line)
-		// A part beside the cgroup namespace is above nothing that counts.
-		if ok && (!strings.HasPrefix(m.root, "/..") || strings.Trim(m.root, "/.") == "") {
+		switch {
+		case !ok:
+		case strings.HasPrefix(m.root, "/..") && strings.Trim(m.root, "/.") != "":
+			// A part beside the cgroup namespace has nothing of it below.
+			err = fmt.Errorf("%s: %w: %s", m.point, ErrOutside, howToMount)
+		default:
 			mounts = append(mounts, m)
 		}
 	}
 	if len(mounts) == 0 {
-		return nil, fmt.Errorf("%w: %s", ErrNoCgroup2, howToMount)
+		return nil, err
 	}
 	slices.SortStableFunc(mounts, func(a, b mount) int { return cmp.Compare(a.depth(), b.depth()) })
 	dirs := make([]string, 0, len(mounts))

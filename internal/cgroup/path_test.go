@@ -2,9 +2,12 @@ package cgroup
 
 import (
 	"errors"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/rpsel/rpsel/internal/testnet"
 )
 
 func TestLocate(t *testing.T) {
@@ -45,6 +48,51 @@ func TestLocate(t *testing.T) {
 				t.Errorf("error %v, want %v; -want +got:\n%s", err, test.err, diff)
 			}
 		})
+	}
+}
+
+func TestHighest(t *testing.T) {
+	const (
+		part   = "35 24 0:30 /docker/abc /part rw - cgroup2 cgroup2 rw\n"
+		deeper = "35 24 0:30 /docker/abc/x /deeper rw - cgroup2 cgroup2 rw\n"
+		all    = "35 24 0:30 / /all ro - cgroup2 cgroup2 ro\n"
+		above  = "35 24 0:30 /../.. /above rw - cgroup2 cgroup2 rw\n"
+		beside = "35 24 0:30 /../other /beside rw - cgroup2 cgroup2 rw\n"
+		old    = "32 31 0:29 / /net_cls rw - cgroup cgroup rw,net_cls\n"
+	)
+	for _, test := range []struct {
+		name, mounts string
+		want         []string
+		err          error
+	}{
+		{"all", old + all, []string{"/all"}, nil},
+		{"all before a part", deeper + part + all, []string{"/all", "/part", "/deeper"}, nil},
+		{"above the namespace", all + beside + above, []string{"/above", "/all"}, nil},
+		{"a part", part, []string{"/part"}, nil},
+		{"beside the namespace", beside, nil, ErrOutside},
+		{"cgroup v1 only", old, nil, ErrNoCgroup2},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := highest("", test.mounts)
+			if diff := cmp.Diff(test.want, got); diff != "" || !errors.Is(err, test.err) {
+				t.Errorf("error %v, want %v; -want +got:\n%s", err, test.err, diff)
+			}
+		})
+	}
+}
+
+// Programs on the root run for every cgroup, the caller's own too.
+func TestRoot(t *testing.T) {
+	testnet.Privileged(t)
+	root, err := Root()
+	must(t, err)
+	own, err := Own()
+	must(t, err)
+	if below, ok := pathBelow(own, root); !ok || !isCgroup2(root+below) {
+		t.Errorf("own cgroup %s is not below %s", own, root)
+	}
+	if isCgroup2(filepath.Dir(root)) {
+		t.Errorf("%s is not the highest", root)
 	}
 }
 

@@ -27,10 +27,13 @@ type Port struct {
 func (p Port) key() uint32 { return uint32(p.Proto)<<16 | uint32(p.Port) }
 
 // Watcher is what Open attached. Its methods may be called concurrently, but
-// none after Close, and Run once at a time.
+// none but Close after Close, and Run once at a time.
 type Watcher struct {
 	objects bpf.WatchObjects
 	links   io.Closer
+	closing context.Context
+	close   context.CancelFunc
+	running sync.Mutex // held by Run
 
 	mu    sync.Mutex
 	ports map[Port]bool // what the programs report
@@ -43,6 +46,9 @@ type Watcher struct {
 // Errors: sockets.ErrPermission, sockets.ErrUnsupported, and of package cgroup
 // ErrNoCgroup2, ErrOutside, ErrNotCgroup2 and ErrOccupied, which names the
 // program of another tool that leaves no place for ours.
+//
+// Where the cgroup v1 controllers net_cls or net_prio are in use, Linux before
+// 5.15 takes all sockets for the root's (see cgroup.OldControllers).
 func Open(cgroupDir string) (*Watcher, error) {
 	if cgroupDir == "" {
 		root, err := cgroup.Root()
@@ -57,6 +63,7 @@ func Open(cgroupDir string) (*Watcher, error) {
 	}
 	defer dir.Close()
 	w := &Watcher{ports: map[Port]bool{}}
+	w.closing, w.close = context.WithCancel(context.Background())
 	if err := bpf.LoadWatchObjects(&w.objects, nil); err != nil {
 		return nil, loadError(err)
 	}
@@ -112,15 +119,19 @@ func (w *Watcher) SetPorts(ports []Port) error {
 }
 
 // Run gives f all events that have come up to then, again and again, until the
-// context ends, which is no error. It calls f from one goroutine. What f does
-// not keep up with waits in a buffer of some 3600 events, also between two Runs.
+// context ends or Close is called; neither is an error. It calls f from one
+// goroutine. What f does not keep up with waits in a buffer of some 3600 events,
+// also between two Runs.
 func (w *Watcher) Run(ctx context.Context, f func([]Event)) error {
+	w.running.Lock()
+	defer w.running.Unlock()
 	r, err := ringbuf.NewReader(w.objects.Events)
 	if err != nil {
 		return fmt.Errorf("read events: %w", err)
 	}
 	defer r.Close()
 	defer context.AfterFunc(ctx, func() { r.Close() })()
+	defer context.AfterFunc(w.closing, func() { r.Close() })()
 
 	var record ringbuf.Record
 	var events []Event
@@ -157,5 +168,11 @@ func (w *Watcher) Missed() (uint64, error) {
 	return sum, nil
 }
 
-// Close takes the programs off and ends a Run.
-func (w *Watcher) Close() error { return errors.Join(w.links.Close(), w.objects.Close()) }
+// Close takes the programs off, and waits for Run to end. Only the first call
+// does something.
+func (w *Watcher) Close() error {
+	w.close()
+	w.running.Lock()
+	defer w.running.Unlock()
+	return errors.Join(w.links.Close(), w.objects.Close())
+}

@@ -313,6 +313,19 @@ func TestGoneWithTheProcess(t *testing.T) {
 	await(t, "the programs to go", func() bool { return attached(t, dir) == [3]int{} })
 }
 
+// Close ends a Run, and may be called again.
+func TestCloseEndsRun(t *testing.T) {
+	dir, ns := group(t, ""), testnet.New(t)
+	w := open(t, dir, both...)
+	came, done := make(chan struct{}, 1), make(chan error, 1)
+	go func() { done <- w.Run(context.Background(), func([]watch.Event) { came <- struct{}{} }) }()
+	testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", Cgroup: dir})
+	<-came
+	must(t, w.Close())
+	must(t, <-done)
+	must(t, w.Close())
+}
+
 func TestOpenRefused(t *testing.T) {
 	testnet.Privileged(t)
 	if _, err := watch.Open("/tmp"); !errors.Is(err, cgroup.ErrNotCgroup2) {
