@@ -58,6 +58,8 @@ struct values {
 	__u32 picked;
 	__u32 picked_waiting;
 	__u32 mended;
+	__u32 rank;
+	__u32 rank_waiting;
 	/* run_parse */
 	__u64 client[2];
 	__u32 outside; /* in: pretend that nothing is linear */
@@ -91,6 +93,8 @@ int run_numbers(struct __sk_buff *skb)
 	io.picked_waiting = picked(io.entry, 1);
 	io.mended = mended(io.entry, io.slot, io.n);
 	io.nth_one = nth_one(io.set, io.n);
+	io.rank = nth_rank(io.n % (RANKS + 1), NOT_WAITING);
+	io.rank_waiting = nth_rank(io.n % (RANKS + 1), TURNING);
 	return TC_ACT_OK;
 }
 

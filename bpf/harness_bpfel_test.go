@@ -52,6 +52,8 @@ type HarnessValues struct {
 	Picked        uint32
 	PickedWaiting uint32
 	Mended        uint32
+	Rank          uint32
+	RankWaiting   uint32
 	Client        [2]uint64
 	Outside       uint32
 	ParsedPort    uint32

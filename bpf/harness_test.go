@@ -74,6 +74,9 @@ func FuzzNumbers(f *testing.F) {
 	f.Add(^uint32(0), ^uint16(0), ^uint64(0), ^uint64(0), ^uint32(0), uint32(1<<22), ^uint32(0), ^uint32(0), ^uint64(0))
 	f.Add(uint32(1), uint16(1), uint64(maps.MakeWord(4095, 1023, maps.Established, 0, 1)), uint64(0), uint32(0xffffff), uint32(3), uint32(0xffff0003), uint32(3), uint64(6))
 	f.Add(uint32(1), uint16(1), uint64(maps.MakeWord(0, 0, maps.Established, 0xffffff, 1)), uint64(0), uint32(idle), uint32(3), uint32(0x0003ffff), uint32(1), uint64(6))
+	for rank := range uint32(6) {
+		f.Add(uint32(1), uint16(1), uint64(0), uint64(0), uint32(0), uint32(2), uint32(0), rank, uint64(0))
+	}
 	f.Fuzz(func(t *testing.T, hash uint32, port uint16, word, other uint64, now, buckets, entry, n uint32, set uint64) {
 		buckets = max(buckets, 2)
 		in := HarnessValues{Hash: hash, Port: uint32(port), Word: word, OtherWord: other, Now: now, Buckets: buckets,
@@ -95,6 +98,7 @@ func FuzzNumbers(f *testing.F) {
 		want.PickedWaiting, want.Picked = entry&0xffff, entry>>16
 		want.Mended = mend(entry, in.Slot, in.N)
 		want.NthOne = nthOne(set, in.N)
+		want.Rank, want.RankWaiting = in.N%6, nthRankWaiting(in.N%6)
 		if diff := cmp.Diff(want, out, cmp.AllowUnexported(HarnessValues{})); diff != "" {
 			t.Errorf("C differs from Go (-Go +C):\n%s", diff)
 		}
@@ -152,6 +156,16 @@ func nthOne(set uint64, n uint32) uint64 {
 		set &= set - 1
 	}
 	return uint64(bits.TrailingZeros64(set))
+}
+
+// nthRankWaiting is the order of ranks while the group waits: the next generation
+// serves before draining listeners only.
+func nthRankWaiting(n uint32) uint32 {
+	order := []maps.Rank{maps.RankFirst, maps.RankSecond, maps.RankOlder, maps.RankNext, maps.RankDraining}
+	if int(n) < len(order) {
+		return uint32(order[n])
+	}
+	return n
 }
 
 // ethernet lays out what run_parse reads: the transport header's first bytes

@@ -50,11 +50,11 @@ OWN_FUNCTION __u64 nth_one(__u64 set, __u32 n)
 
 /*
  * nth_rank is the order in which ranks are searched. A generation that is about
- * to take over comes after the others as long as it has not.
+ * to take over comes after the others as long as the group waits.
  */
-ALWAYS_INLINE __u32 nth_rank(__u32 n, int turning)
+ALWAYS_INLINE __u32 nth_rank(__u32 n, int waiting)
 {
-	if (!turning || n >= RANK_DRAINING)
+	if (!waiting || n >= RANK_DRAINING)
 		return n;
 	return n + 1 < RANK_DRAINING ? n + 1 : RANK_NEXT;
 }

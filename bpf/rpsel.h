@@ -142,12 +142,15 @@ struct config {
 	__u32 owner;	  /* uid whose processes may register through the agent */
 	__u32 has_owner;  /* 0: nobody may */
 	__u32 generation; /* the newest */
-	__u32 members;	  /* the most listeners it had alive while it was incomplete */
-	__u32 pad;
-	__u64 joined; /* second of CLOCK_BOOTTIME in which the last of them joined */
+	__u32 members;	  /* the most that were active in it when one joined */
+	__u32 serving;	  /* the generation that has new flows; while it waits: until then */
+	__u64 joined;	  /* second of CLOCK_BOOTTIME in which the last of them joined */
 };
 
 #define FROZEN 0x80000000u
+
+/* In a listener's weight: it is recorded, but the pick table may not have it yet. */
+#define WEIGHT_UNDEALT 0x80000000u
 
 enum policy {
 	POLICY_HASH = 0,
@@ -187,7 +190,7 @@ struct counters {
 struct listener {
 	__u64 cookie;
 	struct slot_counters base; /* the slot's counts when this listener joined */
-	__u32 weight;		   /* share of new flows; 1 to 65535 */
+	__u32 weight;		   /* share of new flows; 1 to 65535, and WEIGHT_UNDEALT */
 	__u32 generation;	   /* which batch of processes it belongs to */
 	__u32 pid;		   /* who held the socket when it joined */
 	__u32 joined;		   /* second of the join */

@@ -278,7 +278,7 @@ OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 rank
 OWN_FUNCTION int choose_heir(struct sk_reuseport_md *ctx, __u32 hash, int waiting, struct choice *c)
 {
 	for (__u32 i = 0; i < RANKS; i++) {
-		__u32 rank = nth_rank(i, waiting == TURNING);
+		__u32 rank = nth_rank(i, waiting);
 
 		if (choose_live(ctx, hash, rank, c))
 			return rank;

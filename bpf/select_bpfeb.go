@@ -42,7 +42,7 @@ type SelectConfig struct {
 	HasOwner   uint32
 	Generation uint32
 	Members    uint32
-	Pad        uint32
+	Serving    uint32
 	Joined     uint64
 }
 

@@ -25,7 +25,8 @@ const releasePatience = time.Second
 
 // Attach makes the reuseport group of conn sticky: it registers all members and
 // attaches the selection program. No flow moves. On a group that is attached
-// it registers what is new, and changes the times and the owner that are given.
+// it registers what is new, and changes the policy, the times and the owner that
+// are given.
 //
 // It borrows conn, which may be any bound UDP socket or TCP listener with
 // SO_REUSEPORT, of any process and network namespace. The caller closes the
@@ -162,26 +163,39 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	if err != nil {
 		return err
 	}
-	if err := g.state.repair(now); err != nil {
+	if _, err := g.state.repair(now); err != nil {
 		return err
 	}
 	p, err := makePlan(g.key, conn, g.state, o)
 	if err != nil {
 		return err
 	}
+	if given.NewGeneration {
+		g.state.closeGeneration()
+		fault.Point("generation closed")
+	}
 	if p.Attached {
 		if given.Settle != 0 {
-			// If it has settled, what it has settled to is what stays.
+			if err := g.state.settle(now, o.Settle); err != nil {
+				return err
+			}
 			if err := g.state.redeal(now); err != nil {
 				return err
 			}
-			g.state.settle(now, o.Settle)
+		}
+		if err := g.state.setPolicy(now, given.Policy); err != nil {
+			return err
 		}
 		return g.join(p.Register, now)
 	}
 	// The group was made anew since, or somebody took the program off: its
 	// flows are where the kernel's hash has them, as at a first attach.
-	g.state.settle(now, o.Settle)
+	if err := g.state.settle(now, o.Settle); err != nil {
+		return err
+	}
+	if err := g.state.setPolicy(now, given.Policy); err != nil {
+		return err
+	}
 	if err := g.followKernel(p); err != nil {
 		return err
 	}
@@ -214,7 +228,7 @@ func (g *Group) followKernel(p Plan) error {
 		}
 		order = append(order, uint16(slot))
 	}
-	return g.state.deal(now, maps.KernelTable(order, g.state.picks.Limit()))
+	return g.state.dealAnew(now, maps.KernelTable(order, g.state.picks.Limit()))
 }
 
 // settle looks again until no socket came or went behind its back since the

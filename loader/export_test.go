@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"encoding/binary"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -16,7 +17,10 @@ func LosePatience() (restore func()) {
 	return func() { lockPatience = patience }
 }
 
-var Vacancy = vacancy
+// Vacancy chooses a slot for a process that has none.
+func Vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
+	return vacancy(process{}, &roll{records: records, running: map[process]bool{}}, now)
+}
 
 // SettleAfter makes a plan, runs change and settles by the plan. It returns the
 // pick table as it is while the group settles.
@@ -43,6 +47,69 @@ func (g *Group) Freeze(ago int) error {
 		atomic.StoreUint32(frozen, 0)
 	} else {
 		atomic.StoreUint32(frozen, (now-uint32(ago))&(1<<24-1)|1<<31)
+	}
+	return nil
+}
+
+// Joiner says to which generation a listener belongs whose process has none, when
+// so many of the newest are alive and the last of them joined some seconds ago.
+func Joiner(newest, members uint32, alive int, ago uint64) uint32 {
+	return batch{newest, members, 1000}.admit(alive, 1000+ago)
+}
+
+// JoinedAgo makes the last member of the newest generation have joined some
+// seconds ago.
+func (g *Group) JoinedAgo(seconds uint64) error {
+	boot, err := bootSecond()
+	g.state.config.Values().Joined = boot - seconds
+	return err
+}
+
+// WaitUntil makes the wait of a group that waits end in some seconds.
+func (g *Group) WaitUntil(left uint32) error {
+	now, err := g.state.now()
+	atomic.StoreUint32(&g.state.config.Values().Until, (now+left)&(1<<24-1))
+	return err
+}
+
+// RecordWeight is as far as a SetWeight comes that is killed.
+func (g *Group) RecordWeight(slot uint32, weight uint32) error {
+	records, err := g.state.listeners.Records()
+	if err != nil {
+		return err
+	}
+	record := records[slot]
+	record.Weight = weight | maps.Undealt
+	return g.state.listeners.Record(slot, record)
+}
+
+// Fill marks entries of the flow table as flows that were heard of now.
+func (g *Group) Fill(n int) error {
+	memory, err := g.state.SelectMaps.Flows.Memory()
+	if err != nil {
+		return err
+	}
+	now, err := g.state.now()
+	if err != nil {
+		return err
+	}
+	word := binary.NativeEndian.AppendUint64(nil, uint64(maps.MakeWord(0, 0, maps.Established, now, 0)))
+	for i := range n {
+		if _, err := memory.WriteAt(word, int64(16*i+8)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// SweepAll sweeps the whole flow table.
+func (g *Group) SweepAll() error {
+	now, err := g.state.now()
+	if err != nil {
+		return err
+	}
+	for range (g.state.flows.Buckets() + sweepBuckets - 1) / sweepBuckets {
+		g.sweep(now)
 	}
 	return nil
 }

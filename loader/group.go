@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/rpsel/rpsel/internal/fault"
@@ -21,7 +22,8 @@ type Group struct {
 	state  *state
 	fresh  bool
 	joined []int
-	dir    os.FileInfo // of the state, if Open opened it
+	dir    os.FileInfo  // of the state, if Open opened it
+	swept  atomic.Int64 // the bucket where the next sweep begins
 	closed sync.Once
 }
 
@@ -91,6 +93,11 @@ func (g *Group) Slot(conn syscall.Conn) (int, error) {
 // change runs f with the namespace's lock held, on the state as it should be
 // after the listeners that died since.
 func (g *Group) change(f func(now uint32) error) error {
+	return g.locked(func(now uint32, _ findings) error { return f(now) })
+}
+
+// locked is change for who wants to know what was repaired.
+func (g *Group) locked(f func(now uint32, repaired findings) error) error {
 	l, err := g.fs.lock(g.key.NetNS)
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s: %w: it was detached", g.key, ErrNotAttached)
@@ -106,10 +113,11 @@ func (g *Group) change(f func(now uint32) error) error {
 	if err != nil {
 		return err
 	}
-	if err := g.state.repair(now); err != nil {
+	found, err := g.state.repair(now)
+	if err != nil {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}
-	return f(now)
+	return f(now, found)
 }
 
 // Register gives a member of the group a slot and its share of new flows, once
@@ -157,14 +165,11 @@ func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
 		return answers, nil
 	}
 	err := g.change(func(now uint32) error {
-		records, err := g.state.listeners.Records()
+		r, err := g.state.roll()
 		if err != nil {
 			return err
 		}
-		registered, err := g.state.registered()
-		if err != nil {
-			return err
-		}
+		registered := r.registered()
 		own, err := g.ownDescriptors()
 		if err != nil {
 			return err
@@ -186,7 +191,7 @@ func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
 			}
 			at, ok := registered[cookies[i]]
 			if !ok {
-				if at, answers[i].Err = g.state.seat(members[i], conn, now, records); answers[i].Err != nil {
+				if at, answers[i].Err = g.state.seat(members[i], conn, now, r); answers[i].Err != nil {
 					continue
 				}
 				registered[cookies[i]] = at
@@ -290,12 +295,12 @@ func (g *Group) SetWeight(slot, weight int) error {
 			return err
 		}
 		record := records[at]
-		record.Weight = uint32(weight)
+		record.Weight = uint32(weight) | maps.Undealt
 		if err := g.state.listeners.Record(at, record); err != nil {
 			return err
 		}
 		fault.Point("weight recorded")
-		return g.state.redeal(now, at)
+		return g.state.redeal(now)
 	})
 }
 
@@ -333,7 +338,7 @@ func (g *Group) join(members []sockets.Socket, now uint32) error {
 // seatAll puts sockets of other processes into slots, without a share yet. A
 // socket that closed meanwhile is passed over.
 func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
-	records, err := g.state.listeners.Records()
+	r, err := g.state.roll()
 	if err != nil {
 		return err
 	}
@@ -346,7 +351,7 @@ func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
 			return err
 		}
 		// Kept open, it would keep a dead server's socket in the group.
-		slot, err := g.state.seat(m, conn, now, records)
+		slot, err := g.state.seat(m, conn, now, r)
 		conn.Close()
 		if err != nil {
 			return err

@@ -26,7 +26,7 @@ var cases = []struct{ network, listen, remote string }{
 var noSettle = loader.Options{Settle: -1}
 
 // member borrows a socket of the namespace's group on port 1194.
-func member(t *testing.T, ns *testnet.NetNS) *sockets.Conn {
+func member(t testing.TB, ns *testnet.NetNS) *sockets.Conn {
 	t.Helper()
 	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
 	if err != nil || len(groups) != 1 {
@@ -47,7 +47,7 @@ func member(t *testing.T, ns *testnet.NetNS) *sockets.Conn {
 }
 
 // attach attaches the group on port 1194, and gives the borrowed socket back.
-func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, o loader.Options) *loader.Group {
+func attach(t testing.TB, fs loader.FS, ns *testnet.NetNS, o loader.Options) *loader.Group {
 	t.Helper()
 	conn := member(t, ns)
 	g, err := fs.Attach(conn, o)

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 	"time"
 
+	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -69,6 +71,50 @@ const (
 // NoOwner is no user's number: with it, Options.Owner takes the owner back.
 const NoOwner uint32 = math.MaxUint32
 
+// Policy says who gets new flows.
+type Policy int
+
+const (
+	policyKept Policy = iota // as it is; PolicyHash at the first attach
+	// PolicyHash spreads new flows over all active listeners.
+	PolicyHash
+	// PolicyNewest gives them to the newest generation, a batch of processes that
+	// took up service together; the older ones keep the flows they have. A
+	// generation takes over once it has as many members as the one before, or
+	// after five seconds. While nobody of it is alive the one before serves.
+	PolicyNewest
+)
+
+var policies = map[Policy]string{PolicyHash: "hash", PolicyNewest: "newest"}
+
+// Policies lists the names of the policies.
+func Policies() []string { return []string{PolicyHash.String(), PolicyNewest.String()} }
+
+// String returns the name as users write it; that of the zero Policy is empty.
+func (p Policy) String() string { return policies[p] }
+
+// UnmarshalText takes a name of Policies.
+func (p *Policy) UnmarshalText(text []byte) error {
+	for policy, name := range policies {
+		if name == string(text) {
+			*p = policy
+			return nil
+		}
+	}
+	return fmt.Errorf("use %s", strings.Join(Policies(), " or "))
+}
+
+// MarshalText returns the name.
+func (p Policy) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// number is what the maps have for it.
+func (p Policy) number() uint32 {
+	if p == PolicyNewest {
+		return maps.PolicyNewest
+	}
+	return maps.PolicyHash
+}
+
 // Options say how a group is attached. The zero value is what most want.
 type Options struct {
 	// Flows is how many flows the table holds, MinFlows to MaxFlows; memory is
@@ -84,6 +130,13 @@ type Options struct {
 	// the kernel's hash has them: until then flows that began before the
 	// attach may not have been seen. Zero is DefaultSettle; negative is none.
 	Settle time.Duration
+	// Policy says who gets new flows: PolicyHash by default. On a group that is
+	// attached the zero Policy changes nothing. No tracked flow moves.
+	Policy Policy
+	// NewGeneration makes the processes whose listeners are registered next,
+	// now or later, open a generation, also if one of the newest is missing or
+	// has only just come.
+	NewGeneration bool
 	// Partial attaches although some members of the group cannot be registered,
 	// or have SO_INCOMING_CPU set. Those members lose their share, and existing
 	// flows may move.
@@ -123,6 +176,9 @@ func (o Options) withDefaults() (Options, error) {
 		o.Settle = DefaultSettle
 	case o.Settle < 0:
 		o.Settle = 0
+	}
+	if o.Policy < policyKept || o.Policy > PolicyNewest {
+		return o, fmt.Errorf("policy %d: use one of %s", o.Policy, strings.Join(Policies(), ", "))
 	}
 	if o.Flows < MinFlows || o.Flows > MaxFlows {
 		return o, fmt.Errorf("flows %d: use %d to %d", o.Flows, MinFlows, MaxFlows)

@@ -11,10 +11,10 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
-// BenchmarkRegister is the time of one RegisterAll beside 8 listeners.
+// BenchmarkRegister is the time of one RegisterAll of n sockets beside others.
 func BenchmarkRegister(b *testing.B) {
-	for _, n := range []int{1, 16} {
-		b.Run(fmt.Sprintf("sockets=%d", n), func(b *testing.B) {
+	for _, c := range []struct{ others, n int }{{8, 1}, {8, 16}, {1000, 1}} {
+		b.Run(fmt.Sprintf("others=%d/sockets=%d", c.others, c.n), func(b *testing.B) {
 			ns, fs := testnet.New(b), loader.FS(testnet.BPFFS(b))
 			listen := func(n int) (conns []syscall.Conn, end func()) {
 				err := ns.Do(func() error {
@@ -34,7 +34,7 @@ func BenchmarkRegister(b *testing.B) {
 				}
 				return conns, end
 			}
-			members, end := listen(8)
+			members, end := listen(c.others)
 			defer end()
 			g, err := fs.Attach(members[0], noSettle)
 			if err != nil {
@@ -43,7 +43,7 @@ func BenchmarkRegister(b *testing.B) {
 			defer g.Close()
 			for b.Loop() {
 				b.StopTimer()
-				conns, end := listen(n)
+				conns, end := listen(c.n)
 				b.StartTimer()
 				answers, err := g.RegisterAll(conns)
 				b.StopTimer()

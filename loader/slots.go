@@ -1,11 +1,13 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"math"
+	stdmaps "maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/rpsel/rpsel/internal/fault"
@@ -13,96 +15,191 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
-// registered returns the slots in use, by the cookie of their socket.
-func (s *state) registered() (map[uint64]uint32, error) {
+// roll is who is in the slots of a group.
+type roll struct {
+	records map[uint32]maps.Listener
+	cookies map[uint32]uint64 // 0: the listener is dead
+	running map[process]bool  // that were looked for
+}
+
+func (s *state) roll() (*roll, error) {
 	records, err := s.listeners.Records()
 	if err != nil {
 		return nil, err
 	}
-	slots := make(map[uint64]uint32, len(records))
+	r := &roll{records, make(map[uint32]uint64, len(records)), map[process]bool{}}
 	for slot := range records {
-		cookie, err := s.sockets.Cookie(slot)
-		if err != nil {
+		if r.cookies[slot], err = s.sockets.Cookie(slot); err != nil {
 			return nil, err
 		}
+	}
+	return r, nil
+}
+
+// runs reports whether the process of a listener is still there.
+func (r *roll) runs(l maps.Listener) bool {
+	p := process{l.Pid, l.Started}
+	running, known := r.running[p]
+	if !known {
+		running = p.started != 0 && startOf(int(p.pid)) == p.started
+		r.running[p] = running
+	}
+	return running
+}
+
+// registered returns the slots in use, by the cookie of their socket.
+func (r *roll) registered() map[uint64]uint32 {
+	slots := make(map[uint64]uint32, len(r.cookies))
+	for slot, cookie := range r.cookies {
 		if cookie != 0 {
 			slots[cookie] = slot
 		}
 	}
-	return slots, nil
+	return slots
 }
 
-// repair finishes what a killed command began, and buries the listeners that
-// died. Afterwards every slot is active or draining and alive, dead, or free.
-func (s *state) repair(now uint32) error {
-	records, err := s.listeners.Records()
+// registered reads the roll for it.
+func (s *state) registered() (map[uint64]uint32, error) {
+	r, err := s.roll()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	_, after := s.picks.Load()
-	var shares [maps.NoSlot + 1]bool
-	for _, slot := range after {
-		shares[slot] = true
-	}
-	var late []uint32
-	changed := false // somebody died, or began to drain and was not seen through
-	for slot, record := range records {
-		cookie, err := s.sockets.Cookie(slot)
-		if err != nil {
-			return err
-		}
-		state := s.listeners.State(slot)
-		switch {
-		case cookie == 0 && state <= maps.SlotJoining:
-			s.listeners.SetState(slot, maps.SlotFree)
-			if err := s.listeners.Unrecord(slot); err != nil {
-				return err
-			}
-		case cookie == 0 && record.Dead == 0:
-			s.listeners.Bury(slot)
-			record.Dead, record.Died = 1, now
-			if err := s.listeners.Record(slot, record); err != nil {
-				return err
-			}
-			changed = true
-		case cookie == 0:
-		case state <= maps.SlotJoining, state == maps.SlotActive && !shares[slot]:
-			late = append(late, slot)
-		case state == maps.SlotDraining && shares[slot]:
-			changed = true
-		}
-	}
-	if len(late) > 0 {
-		slices.Sort(late)
-		return s.activate(now, late...)
-	}
-	if changed {
-		return s.redeal(now)
-	}
-	return nil
+	return r.registered(), nil
 }
 
-// vacancy chooses the slot for a new listener: the one that has been dead for
-// longest, or one that was never used. Flows of the dead one are told from the
-// new one's by the incarnation.
-func vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
-	best, longest := uint32(maps.NoSlot), int32(math.MinInt32) // the clock may have wrapped
-	for slot, record := range records {
+// findings is what a group has that it should not have.
+type findings struct {
+	freed  []uint32 // slots that a killed command prepared for nobody
+	died   []uint32
+	late   []uint32 // slots without the share, or rank, they are due
+	opened uint32   // a generation that a killed command did not note, or 0
+	stale  bool     // the pick table, or who may serve, is of a time that is over
+}
+
+func (f findings) none() bool {
+	return len(f.freed)+len(f.died)+len(f.late) == 0 && f.opened == 0 && !f.stale
+}
+
+// look finds what is to be repaired. It changes nothing, and needs no lock if
+// somebody who has it looks again.
+func (s *state) look(now uint32) (f findings, r *roll, err error) {
+	if r, err = s.roll(); err != nil {
+		return f, nil, err
+	}
+	v := s.config.Values()
+	what, _ := s.config.Waiting(now)
+	waiting, after := s.picks.Load()
+	if what == maps.NotWaiting {
+		f.stale = !slices.Equal(waiting, after) || atomic.LoadUint32(&v.Waiting) != uint32(what)
+	}
+	active := s.active(r)
+	serving, over := s.serving(what, active)
+	f.stale = f.stale || over || serving != v.Serving
+	ranks := s.ranks(r, serving)
+	present, next := s.weights(r, serving), s.weights(r, s.next(serving, active))
+	due := after.Shares(next)
+	var early, late [maps.NoSlot + 1]bool // who is in the halves of the table
+	for k := range after {
+		early[waiting[k]], late[after[k]] = true, true
+	}
+	for slot, record := range r.records {
+		if r.cookies[slot] != 0 {
+			f.opened = max(f.opened, record.Generation)
+		}
+		state, share := s.listeners.State(slot), uint16(slot)
+		switch {
+		case r.cookies[slot] == 0 && state <= maps.SlotJoining:
+			f.freed = append(f.freed, slot)
+		case r.cookies[slot] == 0 && record.Dead == 0:
+			f.died = append(f.died, slot)
+		case r.cookies[slot] == 0:
+		case state <= maps.SlotJoining, due[share] > 0 && !late[share]:
+			f.late = append(f.late, slot)
+		case !s.listeners.HasRank(slot, ranks[slot]), record.Weight&maps.Undealt != 0:
+			f.stale = true
+		case early[share] && present[share] == 0 && what != maps.Settling, late[share] && next[share] == 0:
+			f.stale = true
+		}
+	}
+	if f.opened <= v.Generation {
+		f.opened = 0
+	}
+	slices.Sort(f.late)
+	return f, r, nil
+}
+
+// repair finishes what a killed command began, buries the listeners that died,
+// and follows a turn. Afterwards every slot is active or draining and alive,
+// dead, or free. It returns what it found.
+func (s *state) repair(now uint32) (findings, error) {
+	f, r, err := s.look(now)
+	if err != nil || f.none() {
+		return f, err
+	}
+	if what, _ := s.config.Waiting(now); what == maps.NotWaiting {
+		s.config.Wait(what, now, now)
+	}
+	for _, slot := range f.freed {
+		s.listeners.SetState(slot, maps.SlotFree)
+		if err := s.listeners.Unrecord(slot); err != nil {
+			return f, err
+		}
+	}
+	for _, slot := range f.died {
+		s.listeners.Bury(slot)
+		record := r.records[slot]
+		record.Dead, record.Died = 1, now
+		if err := s.listeners.Record(slot, record); err != nil {
+			return f, err
+		}
+	}
+	if f.opened != 0 {
+		boot, err := bootSecond()
+		if err != nil {
+			return f, err
+		}
+		s.enroll(f.opened, boot)
+	}
+	return f, s.activate(now, f.late...)
+}
+
+// vacancy chooses the slot for a new listener of a process: one that a listener
+// of the same process left, else the one that has been dead for longest, or one
+// that was never used. Whose process runs keeps the record, which tells its
+// generation when it binds again, as long as there is another slot. Flows of the
+// dead one are told from the new one's by the incarnation.
+func vacancy(p process, r *roll, now uint32) (uint32, error) {
+	type vacant struct {
+		slot uint32
+		own  int   // 0: of the same process
+		dead int32 // seconds; the clock may have wrapped
+	}
+	var dead []vacant
+	for slot, record := range r.records {
 		if record.Dead == 0 {
 			continue
 		}
-		dead := maps.Age(now, record.Died)
-		if dead > longest || dead == longest && slot < best {
-			best, longest = slot, dead
+		v := vacant{slot, 1, maps.Age(now, record.Died)}
+		if p.has(record) {
+			v.own = 0
 		}
+		dead = append(dead, v)
 	}
-	if best != maps.NoSlot {
-		return best, nil
+	slices.SortFunc(dead, func(a, b vacant) int {
+		return cmp.Or(cmp.Compare(a.own, b.own), cmp.Compare(b.dead, a.dead), cmp.Compare(a.slot, b.slot))
+	})
+	for _, v := range dead {
+		if v.own == 0 || !r.runs(r.records[v.slot]) {
+			return v.slot, nil
+		}
 	}
 	for slot := range uint32(maps.Slots) {
-		if _, used := records[slot]; !used {
+		if _, used := r.records[slot]; !used {
 			return slot, nil
 		}
+	}
+	if len(dead) > 0 {
+		return dead[0].slot, nil
 	}
 	return 0, fmt.Errorf("%w: a group has %d", ErrFull, maps.Slots)
 }
@@ -110,9 +207,14 @@ func vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
 // seat puts a socket into a slot, without a share yet. Each step leaves a state
 // that repair completes or takes back: first the state, then the number by
 // which the flows of the slot's last listener are none of the new one's, then
-// the record, then the socket. It keeps records, those of all slots, up to date.
-func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records map[uint32]maps.Listener) (uint32, error) {
-	slot, err := vacancy(records, now)
+// the record, then the socket. It keeps r up to date.
+func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (uint32, error) {
+	boot, err := bootSecond()
+	if err != nil {
+		return 0, err
+	}
+	p := processOf(m)
+	slot, err := vacancy(p, r, now)
 	if err != nil {
 		return 0, err
 	}
@@ -120,9 +222,9 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records ma
 	if err != nil {
 		return 0, err
 	}
-	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: 1, Joined: now}
+	generation := s.generationOf(p, r, boot)
+	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: generation, Joined: now, Pid: p.pid, Started: p.started}
 	if len(m.Holders) > 0 {
-		record.Pid = uint32(m.Holders[0].PID)
 		record.Command = packCommand(m.Holders[0].Command)
 	}
 	s.listeners.SetState(slot, maps.SlotJoining)
@@ -132,14 +234,16 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, records ma
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err
 	}
-	records[slot] = record
 	fault.Point("record written")
 	err = control(conn, func(fd int) error { return s.sockets.Insert(slot, fd) })
 	if err == nil {
+		r.records[slot], r.cookies[slot] = record, m.Cookie
 		fault.Point("socket in slot")
+		s.enroll(generation, boot)
 		return slot, nil
 	}
-	delete(records, slot)
+	delete(r.records, slot)
+	delete(r.cookies, slot)
 	s.listeners.SetState(slot, maps.SlotFree)
 	if errors.Is(err, maps.ErrInUse) || errors.Is(err, maps.ErrUnfit) {
 		err = fmt.Errorf("%w: %s: %w", ErrUnregistrable, describe(m), err)
@@ -158,82 +262,166 @@ func describe(m sockets.Socket) string {
 	return strings.Join(holders, ", ")
 }
 
-// activate gives slots their share.
+// activate gives slots their share, and repairs the pick table.
 func (s *state) activate(now uint32, slots ...uint32) error {
 	level := make([]uint16, 0, len(slots))
 	for _, slot := range slots {
-		s.listeners.SetState(slot, maps.SlotActive)
-		fault.Point("slot active")
 		level = append(level, uint16(slot))
 	}
-	return s.dealAll(now, nil, level)
+	return s.deal(now, nil, slots, level)
 }
 
 // redeal repairs the pick table after listeners left or changed.
-func (s *state) redeal(now uint32, level ...uint32) error {
-	var at []uint16
-	for _, slot := range level {
-		at = append(at, uint16(slot))
-	}
-	return s.dealAll(now, nil, at)
-}
+func (s *state) redeal(now uint32, level ...uint16) error { return s.deal(now, nil, nil, level) }
 
-// deal starts from a new table.
-func (s *state) deal(now uint32, table maps.Table) error {
-	records, err := s.listeners.Records()
+// dealAnew starts from a new table, for all that have joined.
+func (s *state) dealAnew(now uint32, table maps.Table) error {
+	r, err := s.roll()
 	if err != nil {
 		return err
 	}
-	for slot := range records {
+	var joining []uint32
+	for slot := range r.records {
 		if s.listeners.State(slot) == maps.SlotJoining {
-			s.listeners.SetState(slot, maps.SlotActive)
-			fault.Point("slot active")
+			joining = append(joining, slot)
 		}
 	}
-	return s.dealAll(now, table, nil)
+	return s.deal(now, table, joining, nil)
 }
 
-// dealAll repairs the pick table, or a new one, for the listeners as they are.
-func (s *state) dealAll(now uint32, table maps.Table, level []uint16) error {
-	records, err := s.listeners.Records()
+// deal makes slots active, and repairs the pick table, or a new one, for the
+// listeners as they are. Slots in level are brought to their share exactly.
+func (s *state) deal(now uint32, table maps.Table, joining []uint32, level []uint16) error {
+	r, err := s.roll()
 	if err != nil {
 		return err
 	}
-	active, settled := map[uint16]uint32{}, map[uint16]uint32{}
-	for slot, record := range records {
-		cookie, err := s.sockets.Cookie(slot)
-		if err != nil {
-			return err
-		}
-		if cookie == 0 {
-			continue
-		}
-		switch s.listeners.State(slot) {
-		case maps.SlotActive:
-			active[uint16(slot)] = record.Weight
-			settled[uint16(slot)] = record.Weight
-		case maps.SlotDraining:
-			settled[uint16(slot)] = 0
+	s.turn(now, r, joining...)
+	for _, slot := range joining {
+		s.listeners.SetState(slot, maps.SlotActive)
+		fault.Point("slot active")
+	}
+	serving := s.config.Values().Serving
+	s.rank(r, serving)
+	fault.Point("slots ranked")
+	for slot, record := range r.records {
+		if record.Weight&maps.Undealt != 0 {
+			level = append(level, uint16(slot))
 		}
 	}
-	settling, after := s.picks.Load()
+
+	slices.Sort(level)
+	level = slices.Compact(level)
+
+	active := s.active(r)
+	present, next := s.weights(r, serving), s.weights(r, s.next(serving, active))
+	waiting, after := s.picks.Load()
 	if table != nil {
-		settling, after = slices.Clone(table), table
+		waiting, after = slices.Clone(table), table
 	}
-	limit := s.picks.Limit()
-	settling, after = settling.Grow(len(active), limit), after.Grow(len(active), limit)
-	after.Deal(active, level...)
-	if waiting, _ := s.config.Waiting(now); waiting == maps.NotWaiting {
-		settling = after
-	} else {
-		settling.Deal(settled)
+	n, limit := 0, s.picks.Limit()
+	for _, members := range active {
+		n += members
+	}
+	waiting, after = waiting.Grow(n, limit), after.Grow(n, limit)
+	after.Deal(next, level...)
+	switch what, _ := s.config.Waiting(now); what {
+	case maps.NotWaiting:
+		waiting = after
+	case maps.Settling:
+		// What the kernel's hash gave a listener it keeps, whoever it is.
+		for slot := range r.records {
+			if _, ok := present[uint16(slot)]; !ok && r.cookies[slot] != 0 {
+				present[uint16(slot)] = 0
+			}
+		}
+		waiting.Deal(present)
+	case maps.Turning:
+		waiting.Deal(present, level...)
 	}
 	fault.Point("table dealt")
-	if err := s.picks.Store(settling, after); err != nil {
+	if err := s.picks.Store(waiting, after); err != nil {
 		return err
 	}
 	fault.Point("table in force")
+	for slot, record := range r.records {
+		if record.Weight&maps.Undealt == 0 {
+			continue
+		}
+		record.Weight &^= maps.Undealt
+		if err := s.listeners.Record(slot, record); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// next is the generation that has new flows when the group has done waiting.
+func (s *state) next(serving uint32, active map[uint32]int) uint32 {
+	if newest := latest(active); newest != 0 {
+		return newest
+	}
+	return serving
+}
+
+// weights are those of the listeners that have a share of new flows, when it is
+// a generation's turn.
+func (s *state) weights(r *roll, generation uint32) map[uint16]uint32 {
+	weights := map[uint16]uint32{}
+	for slot, record := range r.records {
+		turn := s.policy() != maps.PolicyNewest || record.Generation == generation
+		if turn && r.cookies[slot] != 0 && s.listeners.State(slot) == maps.SlotActive {
+			weights[uint16(slot)] = record.Weight &^ maps.Undealt
+		}
+	}
+	return weights
+}
+
+// ranks says by slot in which order active and draining listeners serve when the
+// pick table has nobody. The generation that serves comes first, then the older
+// ones.
+func (s *state) ranks(r *roll, serving uint32) map[uint32]maps.Rank {
+	active := s.active(r)
+	newest := s.next(serving, active)
+	order := slices.SortedFunc(stdmaps.Keys(active), func(a, b uint32) int {
+		// What came in between has not had its turn.
+		if (a > serving) != (b > serving) {
+			return cmp.Compare(a, b)
+		}
+		return cmp.Compare(b, a)
+	})
+	if newest > serving {
+		order = slices.DeleteFunc(order, func(g uint32) bool { return g == newest })
+	}
+	ranks := map[uint32]maps.Rank{}
+	for slot, record := range r.records {
+		switch state := s.listeners.State(slot); {
+		case r.cookies[slot] == 0:
+		case state == maps.SlotDraining:
+			ranks[slot] = maps.RankDraining
+		case state != maps.SlotActive:
+		case s.policy() != maps.PolicyNewest:
+			ranks[slot] = maps.RankFirst
+		case record.Generation == newest && newest > serving:
+			ranks[slot] = maps.RankNext
+		default:
+			ranks[slot] = min(maps.RankFirst+maps.Rank(slices.Index(order, record.Generation)), maps.RankOlder)
+		}
+	}
+	return ranks
+}
+
+// rank puts the listeners into their ranks, the last first: whoever is searched
+// early meanwhile belongs there.
+func (s *state) rank(r *roll, serving uint32) {
+	ranks := s.ranks(r, serving)
+	for rank := maps.RankDraining; rank >= maps.RankNext; rank-- {
+		for slot := range ranks {
+			if ranks[slot] == rank && !s.listeners.HasRank(slot, rank) {
+				s.listeners.SetRank(slot, rank)
+			}
+		}
+	}
 }
 
 // evict empties all slots, so that other tools may have the sockets at once

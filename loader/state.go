@@ -133,12 +133,6 @@ func settledAt(now uint32, d time.Duration) uint32 {
 	return now + seconds(d) + 1
 }
 
-// settle makes the group settle from now on.
-func (s *state) settle(now uint32, d time.Duration) {
-	s.config.Values().Settled = settledAt(now, d)
-	s.config.Wait(maps.Settling, now, settledAt(now, d))
-}
-
 // setOwner changes the owner, if the options say so.
 func (s *state) setOwner(o Options) {
 	if o.Owner != nil {
@@ -197,7 +191,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	}
 	c := s.config.Values()
 	c.Abi = maps.ABI
-	c.Policy = maps.PolicyHash
+	c.Policy = o.Policy.number()
 	c.Affinity = affinity
 	c.Confirm = maps.ConfirmClient
 	c.Capacity = uint32(o.Flows)
@@ -205,8 +199,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
 	s.setOwner(o)
-	s.settle(now, o.Settle)
-	return s, nil
+	return s, s.settle(now, o.Settle)
 }
 
 // loadError says what a refusal to load means. Without CAP_BPF the library

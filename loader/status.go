@@ -62,8 +62,11 @@ type Status struct {
 	// Owner is the user whose processes may register through the agent; nil:
 	// nobody.
 	Owner *uint32
-	// Settling is how much longer the group settles.
-	Settling                       time.Duration
+	// Generation is the newest.
+	Generation int
+	// Settling is how much longer the group settles, and Turning how much
+	// longer, at most, the newest generation waits for new flows.
+	Settling, Turning              time.Duration
 	Tracked, Established, Capacity int
 	Counters                       Counters
 	// Listeners are sorted by slot, Unregistered in the kernel's order.
@@ -79,7 +82,8 @@ func (g *Group) Status() (Status, error) {
 	s, v := g.state, g.state.config.Values()
 	status := Status{
 		Key:          g.key,
-		Policy:       "hash",
+		Policy:       map[uint32]Policy{maps.PolicyHash: PolicyHash, maps.PolicyNewest: PolicyNewest}[s.policy()].String(),
+		Generation:   int(v.Generation),
 		Affinity:     map[uint32]string{maps.AffinityFlow: "flow", maps.AffinityNone: "none"}[v.Affinity],
 		Confirm:      "client",
 		Capacity:     int(v.Capacity),
@@ -96,9 +100,16 @@ func (g *Group) Status() (Status, error) {
 	if uid, ok := g.Owner(); ok {
 		status.Owner = &uid
 	}
+	// The last second has begun already, see settledAt.
 	if waiting, left := s.config.Waiting(now); waiting == maps.Settling {
-		// The last second has begun already, see settledAt.
 		status.Settling = time.Duration(max(1, left-1)) * time.Second
+	}
+	r, err := s.roll()
+	if err != nil {
+		return status, err
+	}
+	if next, left := s.pending(now, s.active(r)); next != 0 {
+		status.Turning = time.Duration(max(1, left-1)) * time.Second
 	}
 
 	live, err := g.live()
@@ -149,7 +160,7 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 		c.Migrated += n.Migrated
 		l := Listener{
 			Slot: int(slot), Cookie: record.Cookie, PID: int(record.Pid), Command: unpackCommand(record.Command),
-			State: "dead", Weight: int(record.Weight), Generation: int(record.Generation),
+			State: "dead", Weight: int(record.Weight &^ maps.Undealt), Generation: int(record.Generation),
 			Hit: n.Hit - record.Base.Hit, New: n.New - record.Base.New, Rehomed: n.Rehomed - record.Base.Rehomed,
 			Untracked: n.Untracked - record.Base.Untracked, Migrated: n.Migrated - record.Base.Migrated,
 			Bytes: n.Bytes - record.Base.Bytes, RxQueue: -1, Drops: -1, Joined: age(now, record.Joined),

@@ -20,6 +20,9 @@ const (
 	ConfirmClient = 0 // by the client's next packet
 )
 
+// freezeSeconds is RPSEL_FREEZE_SECONDS in bpf/rpsel.h.
+const freezeSeconds = 10
+
 // Config is what user space tells the selection program, and itself. Several
 // processes may read it at once; only the holder of the namespace's lock writes.
 type Config struct {
@@ -91,12 +94,22 @@ func (c *Config) Waiting(now uint32) (what Waiting, left uint32) {
 }
 
 // Wait makes the group wait until the given second, or ends it at once if that
-// is not in the future.
+// is not in the future. A group that waits does so without a break.
 func (c *Config) Wait(what Waiting, now, until uint32) {
 	v := c.Values()
-	atomic.StoreUint32(&v.Waiting, uint32(NotWaiting))
+	if before, _ := c.Waiting(now); before == NotWaiting || Age(until, now) <= 0 {
+		atomic.StoreUint32(&v.Waiting, uint32(NotWaiting))
+	}
 	atomic.StoreUint32(&v.Until, until&secondMask)
 	if Age(until, now) > 0 {
 		atomic.StoreUint32(&v.Waiting, uint32(what))
 	}
+}
+
+// Frozen reports whether the flow table is being copied, so that nothing may be
+// written to it (frozen in bpf/select.c).
+func (c *Config) Frozen(now uint32) bool {
+	since := atomic.LoadUint32(&c.Values().Frozen)
+	lasted := Age(now, since)
+	return since != 0 && lasted >= 0 && lasted < freezeSeconds
 }

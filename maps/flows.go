@@ -138,6 +138,24 @@ func (f *Flows) read(bucket, i int, now uint32, limits Limits) (Entry, bool) {
 	}
 }
 
+// Buckets is how many buckets the table has.
+func (f *Flows) Buckets() int { return len(f.buckets.values) }
+
+// Sweep empties the entries of the buckets [first, end) whose flows have
+// expired, and returns how many. Entries that change meanwhile are left alone.
+func (f *Flows) Sweep(first, end int, now uint32, limits Limits) (n int) {
+	for b := first; b < end; b++ {
+		for i := range BucketSize {
+			word := &f.buckets.values[b].Flows[i].Word
+			w := Word(atomic.LoadUint64(word))
+			if w.State() >= New && !limits.Live(w, now) && atomic.CompareAndSwapUint64(word, uint64(w), 0) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // Forget removes the flow from the table. It reports false if the entry has
 // changed since it was read; then nothing is done.
 func (f *Flows) Forget(e Entry) bool {

@@ -2,6 +2,7 @@ package maps
 
 import (
 	"errors"
+	"fmt"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
@@ -29,6 +30,10 @@ const (
 
 // Listener is what is kept of the listener in a slot.
 type Listener = bpf.SelectListener
+
+// Undealt in a listener's weight tells that the pick table may not have it yet
+// (WEIGHT_UNDEALT in bpf/rpsel.h).
+const Undealt = 1 << 31
 
 // Listeners joins what the program reads of slots, and the records of who is
 // in them. Only the holder of the namespace's lock changes it.
@@ -85,18 +90,31 @@ const (
 	RankDraining             // only when nobody else lives
 )
 
-// SetState changes the state. One that is not active or draining takes the slot
-// out of the search for live listeners.
+// SetState changes the state. A draining slot has RankDraining at once, an
+// active one the rank it is given; any other is out of the search for live
+// listeners.
 func (l *Listeners) SetState(slot uint32, s SlotState) {
 	atomic.StoreUint32(&l.slots.values[slot].State, uint32(s))
 	switch s {
 	case SlotActive:
-		l.SetRank(slot, RankFirst)
 	case SlotDraining:
 		l.SetRank(slot, RankDraining)
 	default:
 		l.Bury(slot)
 	}
+}
+
+// HasRank reports whether the slot is searched with those of the rank, and with
+// no others.
+func (l *Listeners) HasRank(slot uint32, r Rank) bool {
+	bit := uint64(1) << (slot % 64)
+	for other := range l.live.values[slot/64].Ranks {
+		has := atomic.LoadUint64(&l.live.values[slot/64].Ranks[other])&bit != 0
+		if has != (Rank(other) == r) {
+			return false
+		}
+	}
+	return true
 }
 
 // SetRank puts a slot into the search for live listeners, with others of its
@@ -119,16 +137,27 @@ func (l *Listeners) Bury(slot uint32) {
 	}
 }
 
+// recordsAtOnce is how many records Records asks for. The kernel gives those of
+// a hash bucket together, so it must be more than ever meet in one.
+const recordsAtOnce = 64
+
 // Records returns the records of all slots that have one, by slot.
 func (l *Listeners) Records() (map[uint32]Listener, error) {
 	records := make(map[uint32]Listener)
-	var slot uint32
-	var record Listener
-	entries := l.records.Iterate()
-	for entries.Next(&slot, &record) {
-		records[slot] = record
+	slots, values := make([]uint32, recordsAtOnce), make([]Listener, recordsAtOnce)
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := l.records.BatchLookup(&cursor, slots, values, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("read listeners: %w", err)
+		}
+		for i := range n {
+			records[slots[i]] = values[i]
+		}
+		if err != nil {
+			return records, nil // these were the last
+		}
 	}
-	return records, entries.Err()
 }
 
 // Record stores the record of a slot.

@@ -133,7 +133,7 @@ func (h *hand) compare(slot uint16) int { return cmp.Compare(h.slot, slot) }
 // hands sorts the entries out: what each slot in weights has, by slot, and what
 // is of no such slot.
 func (t Table) hands(weights map[uint16]uint32) (hands []*hand, loose []int32) {
-	share := t.shares(weights)
+	share := t.Shares(weights)
 	var of [Slots]*hand
 	for _, slot := range slices.Sorted(maps.Keys(weights)) {
 		of[slot] = &hand{slot: slot, share: share[slot]}
@@ -159,9 +159,10 @@ func (t Table) hands(weights map[uint16]uint32) (hands []*hand, loose []int32) {
 	return hands, loose
 }
 
-// shares returns how many entries each slot with a weight is due: whole
-// numbers that add up to the table, the largest remainders rounded up.
-func (t Table) shares(weights map[uint16]uint32) map[uint16]int {
+// Shares returns how many entries each slot with a weight is due: whole
+// numbers that add up to the table, the largest remainders rounded up. Slots
+// that are due none are left out.
+func (t Table) Shares(weights map[uint16]uint32) map[uint16]int {
 	var total uint64
 	for _, w := range weights {
 		total += uint64(w)
@@ -256,23 +257,23 @@ func (p *Picks) Limit() uint32 { return uint32(len(p.pairs.values)) }
 
 func (p *Picks) entry(k uint32) *uint32 { return &p.pairs.values[k/2].Entries[k%2] }
 
-// Load returns the table in force, as it is while the group settles and as it
-// is after that.
-func (p *Picks) Load() (settling, after Table) {
+// Load returns the table in force, as it is while the group waits and as it is
+// after that.
+func (p *Picks) Load() (waiting, after Table) {
 	table := atomic.LoadUint64(&p.config.Values().Table)
 	first, size := uint32(table>>32), uint32(table)
-	settling, after = make(Table, size), make(Table, size)
+	waiting, after = make(Table, size), make(Table, size)
 	for k := range size {
 		e := atomic.LoadUint32(p.entry(first + k))
-		settling[k], after[k] = uint16(e), uint16(e>>16)
+		waiting[k], after[k] = uint16(e), uint16(e>>16)
 	}
-	return settling, after
+	return waiting, after
 }
 
 // Store puts a table of the same size in force, in both its aspects.
-func (p *Picks) Store(settling, after Table) error {
+func (p *Picks) Store(waiting, after Table) error {
 	size := uint32(len(after))
-	if len(settling) != len(after) || size == 0 || size > p.Limit() {
+	if len(waiting) != len(after) || size == 0 || size > p.Limit() {
 		return errors.New("pick table does not fit its map")
 	}
 	first := uint32(0)
@@ -280,7 +281,7 @@ func (p *Picks) Store(settling, after Table) error {
 		first = p.Limit()
 	}
 	for k := range size {
-		atomic.StoreUint32(p.entry(first+k), uint32(after[k])<<16|uint32(settling[k]))
+		atomic.StoreUint32(p.entry(first+k), uint32(after[k])<<16|uint32(waiting[k]))
 	}
 	atomic.StoreUint64(&p.config.Values().Table, uint64(first)<<32|uint64(size))
 	return nil

@@ -262,17 +262,10 @@ func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 		return nil, fmt.Errorf("open iterator: %w", err)
 	}
 	defer r.Close()
-	data, err := readAll(r)
+	records, err := readAll(r)
 	if err != nil {
 		return nil, fmt.Errorf("read iterator: %w", err)
 	}
-	const size = int(unsafe.Sizeof(bpf.FindRecord{}))
-	if len(data)%size != 0 {
-		return nil, fmt.Errorf("read iterator: %d bytes are no whole records", len(data))
-	}
-	records := make([]bpf.FindRecord, len(data)/size)
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(records))), len(data)), data)
-
 	for i, r := range records {
 		if r.Group == 0 || i > 0 && r.Group == records[i-1].Group {
 			continue
@@ -332,14 +325,22 @@ func (f *finder) members(n uint32) ([]bpf.FindMember, error) {
 
 // readAll reads to the end. After a million files without a match the kernel
 // gives EAGAIN and goes on at the next read (kernel/bpf/bpf_iter.c).
-func readAll(r io.Reader) ([]byte, error) {
+func readAll(r io.Reader) ([]bpf.FindRecord, error) {
 	var data bytes.Buffer
-	for {
-		_, err := data.ReadFrom(r)
-		if !errors.Is(err, unix.EAGAIN) {
-			return data.Bytes(), err
-		}
+	_, err := data.ReadFrom(r)
+	for errors.Is(err, unix.EAGAIN) {
+		_, err = data.ReadFrom(r)
 	}
+	if err != nil {
+		return nil, err
+	}
+	const size = int(unsafe.Sizeof(bpf.FindRecord{}))
+	if data.Len()%size != 0 {
+		return nil, fmt.Errorf("%d bytes are no whole records", data.Len())
+	}
+	records := make([]bpf.FindRecord, data.Len()/size)
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(records))), data.Len()), data.Bytes())
+	return records, nil
 }
 
 // load loads the iterator with room for some members, 0 for the default.

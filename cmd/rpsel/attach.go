@@ -24,6 +24,14 @@ func newAttachCmd(e *env) *cobra.Command {
 sockets and attach the selection program. No flow moves. On a group that is
 attached, register what is new.
 
+With --policy newest, new flows go to the newest generation of processes, and the
+older ones keep the flows they have: for an upgrade start the new version beside
+the old one, and stop that when its flows are gone. Processes that join within 5
+seconds of each other are one generation. It takes over when it has as many
+listeners as the one before, or after 5 seconds. Who joins when the newest lacks a
+listener that died takes its place. --generation new makes the next process to
+join, by this command or after it, open another generation all the same.
+
 With --owner, processes of the servers' user may register their own sockets
 through "rpsel agent", without a capability; "--owner none" takes that back.
 
@@ -33,7 +41,9 @@ attached before it are detached again.`,
   rpsel attach --port 1194
   rpsel attach --port 5300 --adopt
   rpsel attach --port 1194 --flows 1000000 --idle 10m
-  rpsel attach --port 4433 --owner www-data`,
+  rpsel attach --port 4433 --owner www-data
+  rpsel attach --port 1194 --policy newest
+  rpsel attach --port 1194 --generation new`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.needPort(cmd); err != nil {
@@ -71,6 +81,11 @@ attached before it are detached again.`,
 		fmt.Sprintf("forget an established flow after this `TIME` of silence (default %s)", tidy(loader.DefaultIdle)))
 	flags.Var(durationValue{&a.options.IdleNew, time.Second, loader.MaxIdle}, "idle-new",
 		fmt.Sprintf("forget a flow of one packet after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
+	flags.Var((*policyValue)(&a.options.Policy), "policy",
+		fmt.Sprintf("who gets new flows: all, or the newest generation (default %s at the first attach)", loader.PolicyHash))
+	flags.Var((*generationValue)(&a.options.NewGeneration), "generation", "of processes that join: by the rule above, or another one")
+	complete(cmd, "policy", loader.Policies()...)
+	complete(cmd, "generation", "auto", "new")
 	flags.Var(durationValue{&a.settle, 0, loader.MaxIdle}, "settle",
 		fmt.Sprintf("give a new listener no flows for this `TIME` after the attach (default %s)", tidy(loader.DefaultSettle)))
 	flags.Var(ownerValue{&a.options.Owner}, "owner",

@@ -385,9 +385,9 @@ func (c *checker) print(e *env, asJSON, noHeader bool) error {
 			Schema   int              `json:"schema"`
 			Attach   bool             `json:"attach"`
 			Checks   []finding        `json:"checks"`
-			Sockets  []memberFinding  `json:"sockets"`
 			Services []serviceFinding `json:"services"`
-		}{schema, c.obstacle == nil, c.findings, c.members, slices.Concat([]serviceFinding{}, c.services)})
+			Sockets  []memberFinding  `json:"sockets"`
+		}{schema, c.obstacle == nil, c.findings, slices.Concat([]serviceFinding{}, c.services), c.members})
 	}
 	t := table{columns: []column{{"CHECK", false}, {"STATE", false}, {"NEEDED FOR", false}, {"DETAIL", false}}}
 	for _, f := range c.findings {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -208,6 +209,32 @@ func (p *protoValue) String() string {
 	return sockets.Proto(*p).String()
 }
 func (p *protoValue) Type() string { return "udp|tcp" }
+
+// policyValue is a flag that takes a policy.
+type policyValue loader.Policy
+
+func (p *policyValue) Set(text string) error { return (*loader.Policy)(p).UnmarshalText([]byte(text)) }
+func (p *policyValue) String() string        { return loader.Policy(*p).String() }
+func (p *policyValue) Type() string          { return strings.Join(loader.Policies(), "|") }
+
+// generationValue is a flag that takes auto or new, which is true.
+type generationValue bool
+
+func (g *generationValue) Set(text string) error {
+	if text != "auto" && text != "new" {
+		return errors.New("use auto or new")
+	}
+	*g = text == "new"
+	return nil
+}
+
+func (g *generationValue) String() string {
+	if *g {
+		return "new"
+	}
+	return "auto"
+}
+func (g *generationValue) Type() string { return "auto|new" }
 
 // addrValue is a flag that takes an IP address.
 type addrValue netip.Addr

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,7 +29,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name   string
-		before []string // commands, and "add" and "close" of a listener
+		before []string // commands, "add" and "close" of a listener, "start" of another process
 		killed string
 		fresh  string // a server that gets new flows in the end
 		wanted bool   // or does not
@@ -39,6 +40,12 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"drain", []string{"attach --settle 0"}, "drain --slot 1", "s1", false},
 		{"resume", []string{"attach --settle 0", "drain --slot 1"}, "resume --slot 1", "s1", true},
 		{"weight", []string{"attach --settle 0"}, "weight --slot 1 5", "s1", true},
+		{"attach, a new generation", []string{"attach --settle 0 --policy newest", "start 3"}, "attach --generation new", "t0", true},
+		{"attach, one that waits", []string{"attach --policy newest", "start 1"}, "attach --generation new", "t0", false},
+		{"attach, the last that is waited for", []string{"attach --settle 0 --policy newest", "start 2", "attach --generation new", "start 1"}, "attach", "s0", false},
+		{"attach, in the gap of a generation", []string{"attach --settle 0 --policy newest", "start 3", "attach --generation new", "kill", "start 3"}, "attach", "s0", false},
+		{"attach, another policy", []string{"attach --settle 0", "start 3", "attach --generation new"}, "attach --policy newest", "s0", false},
+		{"attach, back to hash", []string{"attach --settle 0 --policy newest", "start 3", "attach --generation new"}, "attach --policy hash", "s0", true},
 		{"detach", []string{"attach --settle 0"}, "detach", "s0", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -56,16 +63,33 @@ func TestKilledAtEveryStep(t *testing.T) {
 					}
 					return nil
 				}
-				servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+				o := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true}
+				servers := testnet.StartGroup(t, ns, 3, o)
 				defer servers.Kill()
+				var others []*testnet.Server
+				defer func() {
+					for _, s := range others {
+						s.Kill()
+					}
+				}()
 				clients := testnet.NewClients(t, ns, 200, "127.0.0.1:1194")
 				for _, line := range c.before {
 					clients.Ask()
-					switch line {
-					case "add":
+					n, start := strings.CutPrefix(line, "start ")
+					switch {
+					case line == "add":
 						servers.Add()
-					case "close":
+					case line == "close":
 						servers.Close(0)
+					case start:
+						o.Name = string(rune('t' + len(others)))
+						n, err := strconv.Atoi(n)
+						if err != nil {
+							t.Fatal(err)
+						}
+						others = append(others, testnet.StartGroup(t, ns, n, o))
+					case line == "kill":
+						others[len(others)-1].Kill()
 					default:
 						if err := run(0, line); err != nil {
 							t.Fatal(err)

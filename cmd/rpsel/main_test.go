@@ -189,7 +189,7 @@ func example() loader.Status {
 		Attached:   true,
 		Policy:     "hash", Affinity: "flow", Confirm: "client",
 		Idle: 300 * time.Second, IdleNew: 30 * time.Second,
-		Tracked: 4400, Established: 4300, Capacity: 262144,
+		Tracked: 4400, Established: 4300, Capacity: 262144, Generation: 3,
 		Counters: loader.Counters{Rehomed: 310},
 		Listeners: []loader.Listener{
 			{Slot: 0, Cookie: 801, PID: 4711, Command: "openvpn", State: "active", Weight: 1, Generation: 3, Flows: 4090, Recent: 120, Hit: 50000, New: 1020, Rehomed: 3},
@@ -205,6 +205,9 @@ func TestStatusTable(t *testing.T) {
 	dead.Attached, dead.Settling = false, 42*time.Second
 	dead.Unregistered = nil
 	dead.Listeners = []loader.Listener{{Slot: 11, State: "dead", Weight: 1, Recent: 7, RxQueue: -1, Drops: -1}}
+	turning := example()
+	turning.Policy, turning.Turning = "newest", 4*time.Second
+	turning.Listeners, turning.Unregistered = nil, nil
 	for _, c := range []struct {
 		name   string
 		status loader.Status
@@ -221,6 +224,9 @@ udp 0.0.0.0:1194  policy hash  affinity flow  flows 4400/262144  rehomed 310  fa
 		{"unusual", dead, false, `
 udp [::]:1194 v6only uid 1000  policy hash  affinity flow  flows 4400/262144  rehomed 310  fallback 0  settling 42s  not attached
   11  -    dead  1  0  0.7  0  -  -
+`},
+		{"turning", turning, false, `
+udp 0.0.0.0:1194  policy newest  affinity flow  flows 4400/262144  rehomed 310  fallback 0  turning 4s
 `},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -246,7 +252,7 @@ func TestStatusJSON(t *testing.T) {
 	}
 	want := `{"schema":1,"groups":[{"netns":4026531840,"netns_cookie":1,"proto":"udp","family":"ipv4","addr":"0.0.0.0","port":1194,"v6only":false,"device":"","uid":0,"attached":true,` +
 		`"policy":"hash","affinity":"flow","confirm":"client","idle_seconds":300,"idle_new_seconds":30,"settling_seconds":0,` +
-		`"flows":{"tracked":4400,"established":4300,"capacity":262144},` +
+		`"flows":{"tracked":4400,"established":4300,"capacity":262144},"generation":3,"turning_seconds":0,` +
 		`"counters":{"runs":0,"hit":0,"new":0,"rehomed":310,"untracked":0,"fallback":0,"migrated":0,"parse_error":0,"table_full":0,"evicted":0},` +
 		`"unregistered":[{"pid":4800,"command":"openvpn","reason":"not registered yet: \"rpsel attach\" registers it"}],` +
 		`"listeners":[{"slot":0,"pid":4711,"command":"openvpn","cookie":801,"generation":3,"state":"active","weight":1,` +

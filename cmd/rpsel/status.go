@@ -120,6 +120,9 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if status.Owner != nil {
 		title += "  owner " + owner.Name(*status.Owner)
 	}
+	if status.Turning > 0 {
+		title += fmt.Sprintf("  turning %v", status.Turning.Round(time.Second))
+	}
 	if s.netns == allNetNS {
 		title += fmt.Sprintf("  netns %d", status.NetNSInode)
 	}
@@ -189,6 +192,8 @@ type groupStatusJSON struct {
 	IdleNewSeconds  int                `json:"idle_new_seconds"`
 	SettlingSeconds int                `json:"settling_seconds"`
 	Flows           flowCountsJSON     `json:"flows"`
+	Generation      int                `json:"generation"`
+	TurningSeconds  int                `json:"turning_seconds"`
 	Counters        countersJSON       `json:"counters"`
 	Unregistered    []unregisteredJSON `json:"unregistered"`
 	Listeners       []listenerJSON     `json:"listeners"`
@@ -246,12 +251,12 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),
 			Attached:  status.Attached, Policy: status.Policy, Affinity: status.Affinity, Confirm: status.Confirm,
 			IdleSeconds: wholeSeconds(status.Idle), IdleNewSeconds: wholeSeconds(status.IdleNew),
-			SettlingSeconds: wholeSeconds(status.Settling),
-			Flows:           flowCountsJSON{status.Tracked, status.Established, status.Capacity},
-			Counters:        countersJSON(status.Counters),
-			Unregistered:    []unregisteredJSON{},
-			Listeners:       []listenerJSON{},
-			Owner:           status.Owner,
+			SettlingSeconds: wholeSeconds(status.Settling), Generation: status.Generation, TurningSeconds: wholeSeconds(status.Turning),
+			Flows:        flowCountsJSON{status.Tracked, status.Established, status.Capacity},
+			Counters:     countersJSON(status.Counters),
+			Unregistered: []unregisteredJSON{},
+			Listeners:    []listenerJSON{},
+			Owner:        status.Owner,
 		}
 		for _, u := range status.Unregistered {
 			g.Unregistered = append(g.Unregistered, newUnregisteredJSON(u))

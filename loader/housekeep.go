@@ -1,0 +1,61 @@
+package loader
+
+import "fmt"
+
+// Housekept is what a Housekeep did.
+type Housekept struct {
+	// Buried is how many listeners it found dead.
+	Buried int
+	// Repaired tells that the pick table, or who may serve, was not as it should
+	// be: listeners died, a turn or a wait had come to its end, or a killed
+	// command had left something half done.
+	Repaired bool
+	// Forgotten is how many expired flows it removed.
+	Forgotten int
+}
+
+// sweepBuckets is how many buckets of the flow table one Housekeep sweeps: two
+// MiB, for which it takes a millisecond.
+const sweepBuckets = 1 << 14
+
+// Housekeep does what is no packet's business: it buries listeners that died and
+// deals their share of new flows to the others, follows a turn of generations,
+// completes what killed commands left, and removes expired flows, in a part of
+// the table at a time (each call continues where the last one of this Group
+// ended). Traffic does not need it, but stays evener by it, and on a group where
+// it runs at least once a day no expired flow is left when the clock wraps.
+//
+// It is cheap: it takes the lock only if there is something to do.
+//
+// Errors: ErrNotAttached, ErrLocked.
+func (g *Group) Housekeep() (Housekept, error) {
+	var h Housekept
+	now, err := g.state.now()
+	if err != nil {
+		return h, err
+	}
+	found, _, err := g.state.look(now)
+	if err != nil {
+		return h, fmt.Errorf("%s: %w", g.key, err)
+	}
+	if !found.none() {
+		err = g.locked(func(_ uint32, found findings) error {
+			h.Buried, h.Repaired = len(found.died), !found.none()
+			return nil
+		})
+	}
+	h.Forgotten = g.sweep(now)
+	return h, err
+}
+
+// sweep removes expired flows of the next part of the table.
+func (g *Group) sweep(now uint32) int {
+	if g.state.config.Frozen(now) {
+		return 0
+	}
+	buckets := g.state.flows.Buckets()
+	first := int(g.swept.Load())
+	end := min(first+sweepBuckets, buckets)
+	g.swept.Store(int64(end % buckets))
+	return g.state.flows.Sweep(first, end, now, g.state.config.Limits())
+}

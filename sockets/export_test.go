@@ -1,0 +1,19 @@
+package sockets
+
+// FilteredHolders looks through all processes with the filter of the last Find,
+// as Find itself does before Linux 6.1, and gives the processes that it found
+// descriptors in.
+func FilteredHolders() (pids []int, err error) {
+	theFinder.Lock()
+	defer theFinder.Unlock()
+	r, err := theFinder.open(0)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	records, err := readAll(r)
+	for _, r := range records {
+		pids = append(pids, int(r.Pid))
+	}
+	return pids, err
+}
