@@ -179,7 +179,7 @@ func unlessNegative(n int) string {
 type statusJSON struct {
 	Schema int               `json:"schema"`
 	Groups []groupStatusJSON `json:"groups"`
-	Agent  *daemon.Info      `json:"agent"` // null: none runs
+	Agent  *daemon.Info      `json:"agent,omitempty"` // only if one runs
 }
 
 type groupStatusJSON struct {

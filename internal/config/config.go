@@ -109,6 +109,7 @@ type entry struct {
 	Adopt   bool    `toml:"adopt"`
 	Partial bool    `toml:"partial"`
 	Replace bool    `toml:"replace"`
+	Policy  *string `toml:"policy"`
 	Owner   *string `toml:"owner"`
 	Force   bool    `toml:"force"`
 }
@@ -126,9 +127,13 @@ var allowed = map[string]string{
 	"adopt":    "use true or false",
 	"partial":  "use true or false",
 	"replace":  "use true or false",
+	"policy":   "use " + quoted(loader.Policies()),
 	"owner":    `use a user's name or number, or "none"`,
 	"force":    "use true or false",
 }
+
+// quoted lists what may be written.
+func quoted(names []string) string { return `"` + strings.Join(names, `" or "`) + `"` }
 
 const noTable = "service: write [[service]], and its keys below it"
 
@@ -265,6 +270,9 @@ func (e entry) service(at place) (s Service, err error) {
 			wrong("flows")
 		}
 		s.Options.Flows = int(*e.Flows)
+	}
+	if e.Policy != nil && s.Options.Policy.UnmarshalText([]byte(*e.Policy)) != nil {
+		wrong("policy")
 	}
 	if e.Owner != nil {
 		uid, parseErr := owner.Parse(*e.Owner)

@@ -42,15 +42,19 @@ settle   = "0s"
 adopt    = true
 partial  = true
 replace  = true
+policy   = "newest"
+owner    = "nobody"
+force    = true
 `))
 	if err != nil {
 		t.Fatal(err)
 	}
+	nobody := uint32(65534)
 	want := []Service{
 		{Line: 2, Proto: sockets.UDP, Port: 1194},
 		{
-			Line: 5, Proto: sockets.TCP, Port: 8443, Addr: netip.MustParseAddr("2001:db8::1"), NetNS: AllNetNS, Adopt: true,
-			Options: loader.Options{Flows: 1000, Idle: 5 * time.Minute, IdleNew: 30 * time.Second, Settle: -1, Partial: true, Replace: true},
+			Line: 5, Proto: sockets.TCP, Port: 8443, Addr: netip.MustParseAddr("2001:db8::1"), NetNS: AllNetNS, Adopt: true, Force: true,
+			Options: loader.Options{Flows: 1000, Idle: 5 * time.Minute, IdleNew: 30 * time.Second, Settle: -1, Partial: true, Replace: true, Policy: loader.PolicyNewest, Owner: &nobody},
 		},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
@@ -93,6 +97,9 @@ func TestLoadInvalid(t *testing.T) {
 		{"[[service]]\nport = 1\nidle = 300", "3: idle: use a duration"},
 		{"[[service]]\nport = 1\nidle-new = \"soon\"", "3: idle-new: use a duration"},
 		{"[[service]]\nport = 1\nsettle = \"-1s\"", "3: settle: use a duration from 0s"},
+		{"[[service]]\nport = 1\npolicy = \"least\"", `3: policy: use "hash" or "newest"`},
+		{"[[service]]\nport = 1\nowner = \"no such user\"", "3: owner: use a user's name or number, or \"none\""},
+		{"[[service]]\nport = 1\nforce = 1", "3: force: use true or false"},
 		{"[[service]]\nport = 1\nadopt = 1", "3: adopt: use true or false"},
 		{"[[service]]\nport = 1\nadopt = \"yes\"", "3: adopt: use true or false"},
 		{"[[service]]\nport = 1\nsetle = \"1s\"", "3: setle: unknown key: use addr, adopt, "},

@@ -91,6 +91,19 @@ func (k *keeper) watchPorts() (more bool) {
 
 // housekeep does what is due for a group by the time that has passed.
 func (k *keeper) housekeep(g *group) {
+	done, err := g.Housekeep()
+	if errors.Is(err, loader.ErrNotAttached) {
+		return // detached since refresh looked
+	}
+	k.fails(fmt.Sprint("housekeep ", g.Key()), err, k.keyAttrs(g.Key())...)
+	if done.Buried > 0 {
+		k.Log.Info("listeners left", append(k.keyAttrs(g.Key()), "listeners", done.Buried)...)
+	} else if done.Repaired {
+		k.Log.Info("housekept", k.keyAttrs(g.Key())...)
+	}
+	if done.Forgotten > 0 {
+		k.Log.Debug("expired flows forgotten", append(k.keyAttrs(g.Key()), "flows", done.Forgotten)...)
+	}
 }
 
 // openDoors lets the owners of groups in, and nobody else.
