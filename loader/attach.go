@@ -32,7 +32,7 @@ const releasePatience = time.Second
 // SO_REUSEPORT, of any process and network namespace. The caller closes the
 // Group. Either all is done or nothing.
 //
-// Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrOwner,
+// Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrOwner, ErrOlder, ErrNewer,
 // ErrIncompatible, ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS, sockets.ErrNoReuseport,
 // sockets.ErrGone.
 func Attach(conn syscall.Conn, o Options) (*Group, error) { return DefaultFS.Attach(conn, o) }
@@ -79,7 +79,7 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 		}
 	}()
 	if o.Flows != 0 && uint32(o.Flows) != s.config.Values().Capacity {
-		return nil, fmt.Errorf("%s: flows %d: %w, with %d: detach it first", key, o.Flows, ErrFixed, s.config.Values().Capacity)
+		return nil, fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, s.config.Values().Capacity, o.Flows)
 	}
 	if err := g.attachAgain(conn, o, full); err != nil {
 		return nil, fmt.Errorf("attach %s: %w", key, err)

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"github.com/cilium/ebpf"
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/fault"
+	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -24,7 +26,7 @@ type Detached struct {
 // Detach takes the program off a group and removes its state: from then on the
 // kernel's hash picks. It works when half of the state, or the group, is gone.
 //
-// Errors: ErrNotAttached, ErrLocked, ErrPermission, ErrNoBPFFS, and
+// Errors: ErrNotAttached, ErrNewer, ErrLocked, ErrPermission, ErrNoBPFFS, and
 // sockets.ErrUnseen if the group cannot be seen from this pid namespace.
 func (fs FS) Detach(key Key) (Detached, error) {
 	d := Detached{Key: key}
@@ -40,57 +42,53 @@ func (fs FS) Detach(key Key) (Detached, error) {
 		return d, fmt.Errorf("detach %s: remove what a killed command left: %w", key, err)
 	}
 
-	s, err := fs.open(key)
-	if errors.Is(err, ErrNotAttached) || errors.Is(err, ErrPermission) {
+	p, err := fs.pinned(key)
+	if errors.Is(err, ErrNotAttached) || errors.Is(err, ErrPermission) || errors.Is(err, ErrNewer) {
 		return d, err
-	}
-	if s != nil {
-		defer s.close()
 	}
 	live, err := liveGroup(key)
 	if err != nil {
 		return d, err
 	}
-	if s != nil {
-		registered, err := s.registered()
-		if err != nil {
+	var own *ebpf.Program
+	if p != nil {
+		defer p.close()
+		own = p.RpselSelect
+		if d.Listeners, err = maps.NewSockets(p.Socks).Count(); err != nil {
 			return d, err
 		}
-		d.Listeners = len(registered)
 		if d.Listeners > 0 && live.Kernel == 0 {
 			// The program would stay, with no state to say whose it is.
 			return d, fmt.Errorf("detach %s: %w", key, sockets.ErrUnseen)
 		}
-		if d.Flows, _, err = (&Group{fs: fs, key: key, state: s}).CountFlows(); err != nil {
-			return d, err
-		}
-	} // else: what cannot be read cannot be told, but can be removed
+		d.Flows, _ = p.countFlows()
+	} // what cannot be read cannot be told, but can be removed
 
-	if live.HasProgram && ours(live.Program, s) {
-		if err := detachFrom(live); err != nil {
+	if live.HasProgram && ours(live.Program, own) {
+		if err := through(live, detachProgram); err != nil {
 			return d, fmt.Errorf("detach %s: %w", key, err)
 		}
 		d.Program = true
 		fault.Point("program taken off")
 	}
-	if s != nil {
-		err = s.evict()
+	if p != nil {
+		err = p.evict()
 	}
 	err = errors.Join(err, fs.remove(key))
 	fs.tidy(key.NetNS)
 	return d, err
 }
 
-// ours reports whether a program is the state's, or looks like it where the
-// state does not say.
-func ours(id uint32, s *state) bool {
-	if s != nil {
-		info, err := s.RpselSelect.Info()
+// ours reports whether a program is this one, or looks like rpsel's where there
+// is none to compare it with.
+func ours(id uint32, own *ebpf.Program) bool {
+	if own != nil {
+		info, err := own.Info()
 		if err != nil {
 			return false
 		}
-		own, ok := info.ID()
-		return ok && uint32(own) == id
+		ownID, ok := info.ID()
+		return ok && uint32(ownID) == id
 	}
 	return programName(id) == bpf.SelectProgRpselSelect
 }
@@ -109,15 +107,15 @@ func programName(id uint32) string {
 	return info.Name
 }
 
-// detachFrom takes the program off through any member that can be borrowed.
-func detachFrom(live sockets.Group) error {
+// through runs f on any member of a group that can be borrowed.
+func through(live sockets.Group, f func(syscall.Conn) error) error {
 	err := fmt.Errorf("take a member: %w", sockets.ErrGone)
 	for _, m := range live.Members {
 		var conn *sockets.Conn
 		if conn, err = takeAny(m); err != nil {
 			continue
 		}
-		err = detachProgram(conn)
+		err = f(conn)
 		conn.Close()
 		if err == nil {
 			return nil

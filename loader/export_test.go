@@ -2,10 +2,15 @@ package loader
 
 import (
 	"encoding/binary"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/maps"
 )
 
@@ -109,7 +114,30 @@ func (g *Group) SweepAll() error {
 		return err
 	}
 	for range (g.state.flows.Buckets() + sweepBuckets - 1) / sweepBuckets {
-		g.sweep(now)
+		g.sweep(g.state, now)
 	}
 	return nil
+}
+
+// OtherProgram makes attaching load a program that differs from this binary's
+// by an instruction that does nothing, until the returned function is called.
+func OtherProgram() (restore func()) {
+	loadSelect = func() (*ebpf.CollectionSpec, error) {
+		spec, err := bpf.LoadSelect()
+		if err != nil {
+			return nil, err
+		}
+		program := spec.Programs[bpf.SelectProgRpselSelect]
+		// After the first instruction, which no jump crosses, and which keeps r1.
+		program.Instructions = slices.Insert(program.Instructions, 1, asm.Mov.Reg(asm.R1, asm.R1))
+		return spec, nil
+	}
+	return func() { loadSelect = bpf.LoadSelect }
+}
+
+// NoRoom makes every flow find its buckets full, until the returned function is
+// called.
+func NoRoom() (restore func()) {
+	place = func(*maps.Flows, maps.Entry) bool { return false }
+	return func() { place = (*maps.Flows).Place }
 }

@@ -40,6 +40,11 @@ func (f Flow) Rehomed() bool { return f.Since < f.Age }
 // Flows that come or go meanwhile may be missing or not.
 func (g *Group) Flows() iter.Seq2[Flow, error] {
 	return func(yield func(Flow, error) bool) {
+		g, err := g.current()
+		if err != nil {
+			yield(Flow{}, err)
+			return
+		}
 		now, err := g.state.now()
 		if err != nil {
 			yield(Flow{}, err)
@@ -97,6 +102,9 @@ func (s *state) orphans() (func(maps.Word) bool, error) {
 // CountFlows counts the tracked flows that have not expired, and how many of
 // them are established.
 func (g *Group) CountFlows() (tracked, established int, err error) {
+	if g, err = g.current(); err != nil {
+		return 0, 0, err
+	}
 	now, err := g.state.now()
 	if err != nil {
 		return 0, 0, err
@@ -110,10 +118,42 @@ func (g *Group) CountFlows() (tracked, established int, err error) {
 	return tracked, established, nil
 }
 
+// countFlows is CountFlows for a state of this layout or an older one.
+func (p *pinned) countFlows() (tracked int, err error) {
+	config, err := p.values()
+	if err != nil {
+		return 0, err
+	}
+	now, err := p.now()
+	if err != nil {
+		return 0, err
+	}
+	flows, err := maps.OpenFlows(p.SelectMaps.Flows, p.Details)
+	if err != nil {
+		return 0, err
+	}
+	defer flows.Close()
+	for range flows.Words(now, maps.Limits{New: config.IdleNew, Established: config.Idle}) {
+		tracked++
+	}
+	return tracked, nil
+}
+
 // Flush forgets the flows for which match returns true, or all of them if match
 // is nil, and returns how many. The next packet of such a flow is that of a new
 // one. Flows that are heard of while they are looked at are tried again.
+//
+// Errors: ErrNotAttached, ErrLocked.
 func (g *Group) Flush(match func(Flow) bool) (n int, err error) {
+	// With the lock: what an upgrade has copied already would come back.
+	err = g.locked(func() error {
+		n, err = g.flush(match)
+		return err
+	})
+	return n, err
+}
+
+func (g *Group) flush(match func(Flow) bool) (n int, err error) {
 	now, err := g.state.now()
 	if err != nil {
 		return 0, err
@@ -153,6 +193,10 @@ type Forecast struct {
 // DetachForecast tells how many flows a detach would move.
 func (g *Group) DetachForecast() (Forecast, error) {
 	var f Forecast
+	g, err := g.current()
+	if err != nil {
+		return f, err
+	}
 	order, err := g.kernelOrder()
 	if err != nil {
 		return f, err

@@ -12,6 +12,11 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -199,21 +204,110 @@ func readDirError(err error) error {
 	return fmt.Errorf("read rpsel state: %w", err)
 }
 
-// sweepAside removes what commands left behind that were killed while they
-// made or removed a group. The caller holds the lock, so nobody is at it.
+// sweepAside clears up what commands left behind that were killed while they
+// made, upgraded or removed a group. A state whose program is the one that runs
+// is put in place, the others go. The caller holds the lock, so nobody is at it.
 func (fs FS) sweepAside(netns uint64) error {
 	entries, err := os.ReadDir(fs.netnsDir(netns))
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), tmpPrefix) {
-			if err := os.RemoveAll(filepath.Join(fs.netnsDir(netns), e.Name())); err != nil {
+		if !strings.HasPrefix(e.Name(), tmpPrefix) {
+			continue
+		}
+		dir := filepath.Join(fs.netnsDir(netns), e.Name())
+		if key, ok := parseAside(netns, e.Name()); ok {
+			running, err := fs.supersedes(key, dir)
+			if errors.Is(err, sockets.ErrUnseen) {
+				continue // for who can see it
+			}
+			if err == nil && running {
+				err = fs.exchange(key, dir)
+			}
+			if err != nil {
 				return err
 			}
 		}
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// supersedes reports whether the state in a directory aside is the one in force:
+// of an upgrade that has attached its program, and not put its state in place
+// yet. Only an upgrade has both at a time.
+func (fs FS) supersedes(key Key, dir string) (bool, error) {
+	if _, err := os.Stat(fs.groupDir(key)); err != nil {
+		return false, nil
+	}
+	program, err := ebpf.LoadPinnedProgram(filepath.Join(dir, programPin), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil // half made, or half removed
+	}
+	if err != nil {
+		return false, openError(key, programPin, err)
+	}
+	defer program.Close()
+	live, err := liveGroup(key)
+	if err != nil {
+		return false, err
+	}
+	if live.Kernel == 0 {
+		socks, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.SelectMapSocks), nil)
+		if errors.Is(err, os.ErrNotExist) {
+			return false, nil
+		}
+		if err != nil {
+			return false, openError(key, bpf.SelectMapSocks, err)
+		}
+		defer socks.Close()
+		n, err := maps.NewSockets(socks).Count()
+		if err == nil && n > 0 {
+			err = fmt.Errorf("%s: %w", key, sockets.ErrUnseen)
+		}
+		return false, err
+	}
+	return live.HasProgram && ours(live.Program, program), nil
+}
+
+// exchange puts a group's state in the place of the one there. What was there is
+// aside then.
+func (fs FS) exchange(key Key, aside string) error {
+	return os.NewSyscallError("renameat2", unix.Renameat2(unix.AT_FDCWD, aside, unix.AT_FDCWD, fs.groupDir(key), unix.RENAME_EXCHANGE))
+}
+
+// inForce is the directory of a group's state: the usual one, unless an upgrade
+// has got as far as to attach the program of another. If it was killed, so that
+// nobody holds the lock, the other one is put in place.
+func (fs FS) inForce(key Key) (string, error) {
+	// If the directory cannot be read, nor can what is in it.
+	entries, _ := os.ReadDir(fs.netnsDir(key.NetNS))
+	for _, e := range entries {
+		if of, ok := parseAside(key.NetNS, e.Name()); !ok || of != key {
+			continue
+		}
+		dir := filepath.Join(fs.netnsDir(key.NetNS), e.Name())
+		running, err := fs.supersedes(key, dir)
+		if err != nil && !errors.Is(err, sockets.ErrUnseen) {
+			return "", err
+		}
+		if !running {
+			continue
+		}
+		l, err := fs.lockWithin(key.NetNS, 0)
+		if errors.Is(err, ErrLocked) {
+			return dir, nil
+		}
+		if err == nil {
+			err = fs.sweepAside(key.NetNS)
+			l.unlock()
+		}
+		return fs.groupDir(key), err
+	}
+	return fs.groupDir(key), nil
 }
 
 // Sweep removes what killed commands left behind in a network namespace, given
@@ -247,6 +341,16 @@ func (fs FS) tidy(netns uint64) {
 // aside is a name for a directory that is being made or removed.
 func (fs FS) aside(k Key) string {
 	return filepath.Join(fs.netnsDir(k.NetNS), fmt.Sprintf("%s%d_%s", tmpPrefix, os.Getpid(), dirName(k)))
+}
+
+// parseAside undoes aside.
+func parseAside(netns uint64, name string) (Key, bool) {
+	rest, ok := strings.CutPrefix(name, tmpPrefix)
+	if !ok {
+		return Key{}, false
+	}
+	_, group, _ := strings.Cut(rest, "_")
+	return parseDirName(netns, group)
 }
 
 // ownNetNS returns the cookie of the caller's namespace.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 )
@@ -553,4 +554,28 @@ func TestNewestTCP(t *testing.T) {
 	if got := testnet.Shares(clients.Ask()); got["b0"] == 0 || got["b1"] == 0 || got["b0"]+got["b1"] != 100 {
 		t.Errorf("complete: connections went to %v", got)
 	}
+}
+
+// A group of before layout 2, which knew no generations, has one after an
+// upgrade: who starts again fills its gap.
+func TestRestartAfterUpgrade(t *testing.T) {
+	f := newFleet(t)
+	servers := f.start("a", 3)
+	key := layout1.Attach(t, string(f.fs), f.ns, 1194, layout1.Options{Flows: 1000})[0]
+	if _, err := f.fs.Upgrade(key, loader.UpgradeOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	f.attach(newest)
+	f.later()
+	servers["a1"].Kill()
+	delete(servers, "a1")
+	again := f.start("again", 1)
+	f.attach(loader.Options{})
+	f.want("killed and started again", map[int]int{1: 3})
+	f.fresh("killed and started again", names(servers, again)...)
+	f.later()
+	young := f.start("b", 3)
+	f.attach(loader.Options{})
+	f.want("a new version", map[int]int{1: 3, 2: 3})
+	f.fresh("a new version", names(young)...)
 }

@@ -15,22 +15,25 @@ import (
 )
 
 // Group is a handle on an attached reuseport group. Its methods may be called
-// concurrently, but not after Close.
+// concurrently, but not after Close. It follows the group when another process
+// upgrades it, or detaches and attaches it anew.
 type Group struct {
 	fs     FS
 	key    Key
-	state  *state
+	state  *state // replaced by follow; who holds the lock or a copy may read it
 	fresh  bool
 	joined []int
-	dir    os.FileInfo  // of the state, if Open opened it
 	swept  atomic.Int64 // the bucket where the next sweep begins
 	closed sync.Once
+
+	mu  sync.Mutex
+	old []*state // replaced, and perhaps still read
 }
 
 // Open returns a handle on an attached group. A zero key.NetNS stands for the
 // caller's network namespace. The caller closes the Group.
 //
-// Errors: ErrNotAttached, ErrIncompatible, ErrPermission.
+// Errors: ErrNotAttached, ErrOlder, ErrNewer, ErrIncompatible, ErrPermission.
 func Open(key Key) (*Group, error) { return DefaultFS.Open(key) }
 
 // Open is the function of the same name, with state on this bpffs.
@@ -42,20 +45,55 @@ func (fs FS) Open(key Key) (*Group, error) {
 		}
 		key.NetNS = own
 	}
-	// If it is replaced between the two, the handle is not current.
-	dir, _ := os.Stat(fs.groupDir(key))
 	s, err := fs.open(key)
 	if err != nil {
 		return nil, err
 	}
-	return &Group{fs: fs, key: key, state: s, dir: dir}, nil
+	return &Group{fs: fs, key: key, state: s}, nil
 }
 
 // Close gives back the group's descriptors and memory. The kernel keeps
 // balancing. It is idempotent.
 func (g *Group) Close() (err error) {
-	g.closed.Do(func() { err = g.state.close() })
+	g.closed.Do(func() {
+		errs := []error{g.state.close()}
+		for _, s := range g.old {
+			errs = append(errs, s.close())
+		}
+		err = errors.Join(errs...)
+	})
 	return err
+}
+
+// follow makes the state in force the group's, if that is another by now.
+func (g *Group) follow() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	dir, err := g.fs.inForce(g.key)
+	if err != nil {
+		return err
+	}
+	if now, err := os.Stat(dir); err == nil && os.SameFile(now, g.state.dir) {
+		return nil
+	}
+	s, err := g.fs.open(g.key)
+	if err != nil {
+		return err
+	}
+	g.old = append(g.old, g.state)
+	g.state = s
+	return nil
+}
+
+// current returns the group with the state in force, for reading. A group that
+// was detached is read as it was.
+func (g *Group) current() (*Group, error) {
+	if err := g.follow(); err != nil && !errors.Is(err, ErrNotAttached) {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return &Group{fs: g.fs, key: g.key, state: g.state}, nil
 }
 
 // Key names the group.
@@ -93,11 +131,27 @@ func (g *Group) Slot(conn syscall.Conn) (int, error) {
 // change runs f with the namespace's lock held, on the state as it should be
 // after the listeners that died since.
 func (g *Group) change(f func(now uint32) error) error {
-	return g.locked(func(now uint32, _ findings) error { return f(now) })
+	return g.repaired(func(now uint32, _ findings) error { return f(now) })
 }
 
-// locked is change for who wants to know what was repaired.
-func (g *Group) locked(f func(now uint32, repaired findings) error) error {
+// repaired is change for who wants to know what was repaired.
+func (g *Group) repaired(f func(now uint32, found findings) error) error {
+	return g.locked(func() error {
+		now, err := g.state.now()
+		if err != nil {
+			return err
+		}
+		found, err := g.state.repair(now)
+		if err != nil {
+			return fmt.Errorf("%s: %w", g.key, err)
+		}
+		return f(now, found)
+	})
+}
+
+// locked runs f with the namespace's lock held, on the state in force: with the
+// lock nobody can replace it.
+func (g *Group) locked(f func() error) error {
 	l, err := g.fs.lock(g.key.NetNS)
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s: %w: it was detached", g.key, ErrNotAttached)
@@ -106,18 +160,17 @@ func (g *Group) locked(f func(now uint32, repaired findings) error) error {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}
 	defer l.unlock()
-	if _, err := os.Stat(g.fs.groupDir(g.key)); err != nil {
+	if err := g.fs.sweepAside(g.key.NetNS); err != nil {
+		return fmt.Errorf("%s: %w", g.key, err)
+	}
+	err = g.follow()
+	if errors.Is(err, ErrNotAttached) {
 		return fmt.Errorf("%s: %w: it was detached", g.key, ErrNotAttached)
 	}
-	now, err := g.state.now()
 	if err != nil {
 		return err
 	}
-	found, err := g.state.repair(now)
-	if err != nil {
-		return fmt.Errorf("%s: %w", g.key, err)
-	}
-	return f(now, found)
+	return f()
 }
 
 // Register gives a member of the group a slot and its share of new flows, once

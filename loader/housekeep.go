@@ -30,32 +30,40 @@ const sweepBuckets = 1 << 14
 // Errors: ErrNotAttached, ErrLocked.
 func (g *Group) Housekeep() (Housekept, error) {
 	var h Housekept
-	now, err := g.state.now()
+	if err := g.follow(); err != nil {
+		return h, err // it was detached
+	}
+	current, err := g.current()
 	if err != nil {
 		return h, err
 	}
-	found, _, err := g.state.look(now)
+	s := current.state
+	now, err := s.now()
+	if err != nil {
+		return h, err
+	}
+	found, _, err := s.look(now)
 	if err != nil {
 		return h, fmt.Errorf("%s: %w", g.key, err)
 	}
 	if !found.none() {
-		err = g.locked(func(_ uint32, found findings) error {
+		err = g.repaired(func(_ uint32, found findings) error {
 			h.Buried, h.Repaired = len(found.died), !found.none()
 			return nil
 		})
 	}
-	h.Forgotten = g.sweep(now)
+	h.Forgotten = g.sweep(s, now)
 	return h, err
 }
 
 // sweep removes expired flows of the next part of the table.
-func (g *Group) sweep(now uint32) int {
-	if g.state.config.Frozen(now) {
+func (g *Group) sweep(s *state, now uint32) int {
+	if s.config.Frozen(now) {
 		return 0
 	}
-	buckets := g.state.flows.Buckets()
-	first := int(g.swept.Load())
+	buckets := s.flows.Buckets()
+	first := int(g.swept.Load()) % buckets // an upgrade may have made another table
 	end := min(first+sweepBuckets, buckets)
 	g.swept.Store(int64(end % buckets))
-	return g.state.flows.Sweep(first, end, now, g.state.config.Limits())
+	return s.flows.Sweep(first, end, now, s.config.Limits())
 }

@@ -21,12 +21,14 @@ type lock struct {
 }
 
 // lock waits for at most lockPatience. The directory must exist.
-func (fs FS) lock(netns uint64) (*lock, error) {
+func (fs FS) lock(netns uint64) (*lock, error) { return fs.lockWithin(netns, lockPatience) }
+
+func (fs FS) lockWithin(netns uint64, patience time.Duration) (*lock, error) {
 	if err := fs.writable(); err != nil {
 		return nil, err
 	}
 	path := fs.netnsDir(netns)
-	deadline := time.Now().Add(lockPatience)
+	deadline := time.Now().Add(patience)
 	for {
 		dir, err := os.Open(path)
 		if err != nil {

@@ -23,14 +23,15 @@ func (g *Group) Slots() (map[uint64]int, error) {
 // Picks reports whether the group's program is the one that picks for a group
 // that sockets.Find gave.
 func (g *Group) Picks(live sockets.Group) bool {
-	return live.HasProgram && ours(live.Program, g.state)
+	attached, err := g.state.attached(live)
+	return err == nil && attached
 }
 
 // Current reports whether the state is still the one that Open opened: the group
 // may have been detached since, and attached anew, or upgraded.
 func (g *Group) Current() bool {
 	now, err := os.Stat(g.fs.groupDir(g.key))
-	return err == nil && g.dir != nil && os.SameFile(g.dir, now)
+	return err == nil && os.SameFile(g.state.dir, now)
 }
 
 // MakeMount mounts the bpffs if it is missing, as Attach does.

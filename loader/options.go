@@ -34,8 +34,14 @@ var (
 	ErrForeignProgram = errors.New("another program is attached to the group")
 	// ErrUnregistrable: a member of the group cannot be registered.
 	ErrUnregistrable = errors.New("a member of the group cannot be registered")
-	// ErrIncompatible: the state is of another version of rpsel.
-	ErrIncompatible = errors.New("state of another version")
+	// ErrOlder: the state is of an older rpsel, to be upgraded.
+	ErrOlder = errors.New("state of an older rpsel")
+	// ErrNewer: the state is of a newer rpsel, and nothing for this one.
+	ErrNewer = errors.New("state of a newer rpsel")
+	// ErrIncompatible: the state is not whole, or not rpsel's.
+	ErrIncompatible = errors.New("unusable state")
+	// ErrTooSmall: a flow table has not the room for the flows there are.
+	ErrTooSmall = errors.New("the table is too small")
 	// ErrFixed: an option cannot be changed while the group is attached.
 	ErrFixed = errors.New("fixed while attached")
 	// ErrLocked: another rpsel command held the namespace's lock for too long.

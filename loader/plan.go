@@ -90,7 +90,7 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	}
 	defer s.close()
 	if o.Flows != 0 && uint32(o.Flows) != s.config.Values().Capacity {
-		return Plan{}, fmt.Errorf("%s: flows %d: %w, with %d: detach it first", key, o.Flows, ErrFixed, s.config.Values().Capacity)
+		return Plan{}, fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, s.config.Values().Capacity, o.Flows)
 	}
 	return makePlan(key, conn, s, o)
 }

@@ -159,6 +159,8 @@ func (s *state) repair(now uint32) (findings, error) {
 			return f, err
 		}
 		s.enroll(f.opened, boot)
+		// If its listeners are active already, it is of before layout 2.
+		s.config.Values().Members = uint32(s.active(r)[f.opened])
 	}
 	return f, s.activate(now, f.late...)
 }
@@ -426,14 +428,15 @@ func (s *state) rank(r *roll, serving uint32) {
 
 // evict empties all slots, so that other tools may have the sockets at once
 // and not only when the kernel has freed the array.
-func (s *state) evict() error {
-	records, err := s.listeners.Records()
-	if err != nil {
-		return err
-	}
+func (p *pinned) evict() error {
 	var errs []error
-	for slot := range records {
-		errs = append(errs, s.sockets.Remove(slot))
+	socks := maps.NewSockets(p.Socks)
+	for slot := range uint32(maps.Slots) {
+		cookie, err := socks.Cookie(slot)
+		if err == nil && cookie == 0 {
+			continue
+		}
+		errs = append(errs, err, socks.Remove(slot))
 		fault.Point("slot emptied")
 	}
 	return errors.Join(errs...)

@@ -18,10 +18,38 @@ import (
 	"github.com/rpsel/rpsel/maps"
 )
 
-// state is a group's program and maps, opened.
-type state struct {
+// pinned is what a group's directory holds, of this layout or an older one.
+type pinned struct {
+	dir    os.FileInfo // the directory; its name may be another's by now
+	layout uint32
 	bpf.SelectPrograms
 	bpf.SelectMaps
+}
+
+// programs and maps name the file of each pin.
+func (p *pinned) programs() map[string]**ebpf.Program {
+	return map[string]**ebpf.Program{programPin: &p.RpselSelect, "clock": &p.RpselClock}
+}
+
+func (p *pinned) maps() map[string]**ebpf.Map {
+	m := &p.SelectMaps
+	return map[string]**ebpf.Map{
+		bpf.SelectMapConfig: &m.Config, bpf.SelectMapCounters: &m.Counters,
+		bpf.SelectMapDetails: &m.Details, bpf.SelectMapFlows: &m.Flows,
+		bpf.SelectMapListeners: &m.Listeners, bpf.SelectMapLive: &m.Live,
+		bpf.SelectMapPicks: &m.Picks, bpf.SelectMapSlotCounters: &m.SlotCounters,
+		bpf.SelectMapSlots: &m.Slots, bpf.SelectMapSocks: &m.Socks,
+	}
+}
+
+const programPin = "prog"
+
+// close gives back the descriptors.
+func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close()) }
+
+// state is a group's program and maps, opened.
+type state struct {
+	pinned
 	flows     *maps.Flows
 	config    *maps.Config
 	picks     *maps.Picks
@@ -31,42 +59,22 @@ type state struct {
 	programID func() (uint32, error) // of RpselSelect; asked once, for the answer takes long
 }
 
-// pins names the file of each map and program. It is the list of what a
-// group's directory holds.
-func (s *state) pins() map[string]pinner {
-	return map[string]pinner{
-		"prog":          s.RpselSelect,
-		"clock":         s.RpselClock,
-		"config":        s.Config,
-		"counters":      s.Counters,
-		"details":       s.Details,
-		"flows":         s.Flows,
-		"listeners":     s.Listeners,
-		"live":          s.Live,
-		"picks":         s.Picks,
-		"slot_counters": s.SlotCounters,
-		"slots":         s.Slots,
-		"socks":         s.Socks,
-	}
-}
-
-type pinner interface {
-	Pin(path string) error
-	Close() error
-}
-
 // close gives back memory and descriptors.
-func (s *state) close() error {
-	var errs []error
-	for _, view := range []interface{ Close() error }{s.flows, s.picks, s.listeners, s.config} {
-		errs = append(errs, view.Close())
-	}
-	return errors.Join(append(errs, s.SelectPrograms.Close(), s.SelectMaps.Close())...)
+func (s *state) close() error { return errors.Join(s.unview(), s.pinned.close()) }
+
+// unview gives back the memory.
+func (s *state) unview() error {
+	return errors.Join(s.flows.Close(), s.picks.Close(), s.listeners.Close(), s.config.Close())
 }
 
-// view maps what user space reads and writes.
+// view maps what user space reads and writes, all of it or nothing.
 func (s *state) view() (err error) {
 	s.flows, s.config, s.picks, s.listeners = &maps.Flows{}, &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.unview())
+		}
+	}()
 	s.sockets = maps.NewSockets(s.Socks)
 	s.counters = maps.NewCounters(s.SlotCounters, s.SelectMaps.Counters)
 	s.programID = sync.OnceValues(func() (uint32, error) {
@@ -101,9 +109,9 @@ func (s *state) view() (err error) {
 }
 
 // now reads the second of the program's clock.
-func (s *state) now() (uint32, error) {
+func (p *pinned) now() (uint32, error) {
 	// A socket filter is only run over a frame with an Ethernet header.
-	second, _, err := s.RpselClock.Test(make([]byte, 64))
+	second, _, err := p.RpselClock.Test(make([]byte, 64))
 	if err != nil {
 		return 0, fmt.Errorf("read the program's clock: %w", err)
 	}
@@ -140,13 +148,59 @@ func (s *state) setOwner(o Options) {
 	}
 }
 
-// create loads a program with maps of its own for a group that has members
-// members.
-func create(key Key, members int, o Options) (_ *state, err error) {
-	spec, err := bpf.LoadSelect()
+// constants are what is fixed when a program is loaded.
+type constants struct {
+	flows, affinity, clockMult uint32
+	pickPairs                  uint32
+}
+
+// load loads a program, and maps of its own where keep has none.
+func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
+	spec, err := c.spec()
 	if err != nil {
 		return nil, err
 	}
+	s := &state{pinned: pinned{layout: maps.ABI}}
+	if err := spec.LoadAndAssign(&struct {
+		*bpf.SelectPrograms
+		*bpf.SelectMaps
+	}{&s.SelectPrograms, &s.SelectMaps}, &ebpf.CollectionOptions{MapReplacements: keep}); err != nil {
+		return nil, loadError(err)
+	}
+	if err := s.view(); err != nil {
+		return nil, errors.Join(err, s.pinned.close())
+	}
+	return s, nil
+}
+
+// spec describes the program and its maps.
+func (c constants) spec() (*ebpf.CollectionSpec, error) {
+	spec, err := loadSelect()
+	if err != nil {
+		return nil, err
+	}
+	buckets := maps.BucketsFor(int(c.flows))
+	for name, value := range map[string]uint32{
+		bpf.SelectVarBuckets:   buckets,
+		bpf.SelectVarAffinity:  c.affinity,
+		bpf.SelectVarClockMult: c.clockMult,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	spec.Maps[bpf.SelectMapFlows].MaxEntries = buckets
+	spec.Maps[bpf.SelectMapDetails].MaxEntries = buckets * maps.BucketSize
+	spec.Maps[bpf.SelectMapPicks].MaxEntries = c.pickPairs
+	return spec, nil
+}
+
+// loadSelect is this binary's program. A test has another one.
+var loadSelect = bpf.LoadSelect
+
+// create loads a program with maps of its own for a group that has members
+// members.
+func create(key Key, members int, o Options) (_ *state, err error) {
 	mult, err := clockMult()
 	if err != nil {
 		return nil, err
@@ -156,35 +210,15 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 		// An accepted connection is sticky by itself.
 		affinity = maps.AffinityNone
 	}
-	buckets := maps.BucketsFor(o.Flows)
-	for name, value := range map[string]uint32{
-		bpf.SelectVarBuckets:   buckets,
-		bpf.SelectVarAffinity:  affinity,
-		bpf.SelectVarClockMult: mult,
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("set %s: %w", name, err)
-		}
-	}
-	spec.Maps[bpf.SelectMapFlows].MaxEntries = buckets
-	spec.Maps[bpf.SelectMapDetails].MaxEntries = buckets * maps.BucketSize
-	spec.Maps[bpf.SelectMapPicks].MaxEntries = maps.PickPairs(members)
-
-	s := &state{}
-	if err := spec.LoadAndAssign(&struct {
-		*bpf.SelectPrograms
-		*bpf.SelectMaps
-	}{&s.SelectPrograms, &s.SelectMaps}, nil); err != nil {
-		return nil, loadError(err)
+	s, err := load(constants{uint32(o.Flows), affinity, mult, maps.PickPairs(members)}, nil)
+	if err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
 			s.close()
 		}
 	}()
-	if err := s.view(); err != nil {
-		return nil, err
-	}
 	now, err := s.now()
 	if err != nil {
 		return nil, err
@@ -215,24 +249,51 @@ func loadError(err error) error {
 	}
 }
 
-// publish pins the state aside and puts it in place by one rename, so that
-// nobody ever sees half of it.
-func (fs FS) publish(key Key, s *state) error {
+// pinAside pins the state under a name that says nothing yet. It returns the
+// directory.
+func (fs FS) pinAside(key Key, s *state) (_ string, err error) {
 	tmp := fs.aside(key)
 	if err := os.Mkdir(tmp, dirMode); err != nil {
-		return fmt.Errorf("make state: %w", err)
+		return "", fmt.Errorf("make state: %w", err)
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(tmp))
+		}
+	}()
 	fault.Point("directory made aside")
-	for name, object := range s.pins() {
+	pin := func(name string, object interface{ Pin(string) error }) error {
 		path := filepath.Join(tmp, name)
 		err := object.Pin(path)
 		if err == nil {
 			err = os.Chmod(path, fileMode)
 		}
 		if err != nil {
-			return errors.Join(fmt.Errorf("pin %s: %w", name, err), os.RemoveAll(tmp))
+			return fmt.Errorf("pin %s: %w", name, err)
 		}
 		fault.Point("pinned")
+		return nil
+	}
+	for name, p := range s.programs() {
+		if err := pin(name, *p); err != nil {
+			return "", err
+		}
+	}
+	for name, m := range s.maps() {
+		if err := pin(name, *m); err != nil {
+			return "", err
+		}
+	}
+	s.dir, err = os.Stat(tmp)
+	return tmp, err
+}
+
+// publish pins the state aside and puts it in place by one rename, so that
+// nobody ever sees half of it.
+func (fs FS) publish(key Key, s *state) error {
+	tmp, err := fs.pinAside(key, s)
+	if err != nil {
+		return err
 	}
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, fs.groupDir(key), unix.RENAME_NOREPLACE); err != nil {
 		return errors.Join(os.NewSyscallError("renameat2", err), os.RemoveAll(tmp))
@@ -241,74 +302,116 @@ func (fs FS) publish(key Key, s *state) error {
 	return nil
 }
 
-// open opens the pinned state of a group. It needs no lock: if the group is
-// detached meanwhile, and perhaps attached anew, it looks again.
+// open opens the state of a group. It needs no lock.
 func (fs FS) open(key Key) (*state, error) {
+	p, err := fs.pinned(key)
+	if err != nil {
+		return nil, err
+	}
+	s, err := p.state(key)
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// pinned opens what is pinned of a group, of this layout or an older one. It
+// needs no lock: if the group is upgraded or detached meanwhile, and perhaps
+// attached anew, it looks again.
+func (fs FS) pinned(key Key) (*pinned, error) {
 	if err := fs.writable(); err != nil {
 		return nil, err
 	}
-	dir := fs.groupDir(key)
 	for {
-		before, err := os.Stat(dir)
+		dir, err := fs.inForce(key)
 		if err != nil {
-			if errors.Is(err, os.ErrPermission) {
-				return nil, fmt.Errorf("%s: %w: run as root", key, ErrPermission)
-			}
+			return nil, err
+		}
+		before, err := os.Stat(dir)
+		switch {
+		case errors.Is(err, os.ErrPermission):
+			return nil, fmt.Errorf("%s: %w: run as root", key, ErrPermission)
+		case err != nil && dir != fs.groupDir(key):
+			continue // it has been put in place
+		case err != nil:
 			return nil, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
 		}
-		s, err := openPins(key, dir)
+		p, err := openPins(key, dir)
 		if after, statErr := os.Stat(dir); statErr == nil && os.SameFile(before, after) {
-			return s, err
+			if p != nil {
+				p.dir = before
+			}
+			return p, err
 		}
 		if err == nil {
-			s.close()
+			p.close()
 		}
 	}
 }
 
-// openPins opens what is pinned in a group's directory.
-func openPins(key Key, dir string) (_ *state, err error) {
+// openPins opens what is pinned in a group's directory. The layout is looked at
+// before anything else: what a newer one holds is not known.
+func openPins(key Key, dir string) (_ *pinned, err error) {
+	p := &pinned{}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if p.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.SelectMapConfig), nil); err != nil {
+		return nil, openError(key, bpf.SelectMapConfig, err)
+	}
+	head, err := maps.OpenHead(p.Config)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %v: detach it", key, ErrIncompatible, err)
+	}
+	p.layout = head.Layout()
+	head.Close()
+	switch {
+	case p.layout > maps.ABI:
+		return nil, fmt.Errorf("%s: %w (layout %d, this one speaks %d): use that one", key, ErrNewer, p.layout, maps.ABI)
+	case p.layout == 0:
+		return nil, fmt.Errorf("%s: %w: it has no layout: detach it", key, ErrIncompatible)
+	}
+	for name, m := range p.maps() {
+		if *m != nil {
+			continue
+		}
+		if *m, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil); err != nil {
+			return nil, openError(key, name, err)
+		}
+	}
+	for name, program := range p.programs() {
+		if *program, err = ebpf.LoadPinnedProgram(filepath.Join(dir, name), nil); err != nil {
+			return nil, openError(key, name, err)
+		}
+	}
+	return p, nil
+}
+
+// state makes what is pinned in the present layout usable. It takes p over,
+// unless it fails.
+func (p *pinned) state(key Key) (*state, error) {
+	if p.layout != maps.ABI {
+		return nil, fmt.Errorf("%s: %w (layout %d, this one speaks %d): \"rpsel upgrade\" brings it up to date", key, ErrOlder, p.layout, maps.ABI)
+	}
 	spec, err := bpf.LoadSelect()
 	if err != nil {
 		return nil, err
 	}
-	s := &state{flows: &maps.Flows{}, config: &maps.Config{}, picks: &maps.Picks{}, listeners: &maps.Listeners{}}
-	defer func() {
-		if err != nil {
-			s.close()
-		}
-	}()
-	for name, m := range map[string]**ebpf.Map{
-		bpf.SelectMapConfig: &s.SelectMaps.Config, bpf.SelectMapCounters: &s.SelectMaps.Counters,
-		bpf.SelectMapDetails: &s.Details, bpf.SelectMapFlows: &s.SelectMaps.Flows,
-		bpf.SelectMapListeners: &s.SelectMaps.Listeners, bpf.SelectMapLive: &s.Live,
-		bpf.SelectMapPicks: &s.SelectMaps.Picks, bpf.SelectMapSlotCounters: &s.SlotCounters,
-		bpf.SelectMapSlots: &s.Slots, bpf.SelectMapSocks: &s.Socks,
-	} {
-		if *m, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil); err != nil {
-			return nil, openError(key, name, err)
-		}
+	for name, m := range p.maps() {
 		want := spec.Maps[name].Copy()
 		want.MaxEntries = (*m).MaxEntries() // the sizes are the group's own
 		if err := want.Compatible(*m); err != nil {
-			return nil, fmt.Errorf("%s: %w: %s: %v: detach it with the rpsel that attached it", key, ErrIncompatible, name, err)
+			return nil, fmt.Errorf("%s: %w: %s: %v: detach it", key, ErrIncompatible, name, err)
 		}
 	}
-	for name, p := range map[string]**ebpf.Program{"prog": &s.RpselSelect, "clock": &s.RpselClock} {
-		if *p, err = ebpf.LoadPinnedProgram(filepath.Join(dir, name), nil); err != nil {
-			return nil, openError(key, name, err)
-		}
-	}
-	if err := s.view(); err != nil {
-		return nil, err
-	}
-	if abi := s.config.Values().Abi; abi != maps.ABI {
-		return nil, fmt.Errorf("%s: %w: it has layout %d, this rpsel speaks %d: use the rpsel that attached it", key, ErrIncompatible, abi, maps.ABI)
-	}
-	if s.SelectMaps.Picks.MaxEntries() == 0 || uint64(s.Details.MaxEntries()) != uint64(s.SelectMaps.Flows.MaxEntries())*maps.BucketSize {
+	if p.Picks.MaxEntries() == 0 || uint64(p.Details.MaxEntries()) != uint64(p.SelectMaps.Flows.MaxEntries())*maps.BucketSize {
 		return nil, fmt.Errorf("%s: %w: its maps do not fit each other: detach it", key, ErrIncompatible)
 	}
-	return s, nil
+	s := &state{pinned: *p}
+	return s, s.view()
 }
 
 func openError(key Key, name string, err error) error {

@@ -79,6 +79,23 @@ type Status struct {
 
 // Status reads how the group stands. It changes nothing.
 func (g *Group) Status() (Status, error) {
+	for {
+		now, err := g.current()
+		if err != nil {
+			return Status{}, err
+		}
+		status, err := now.status()
+		if err != nil || status.Attached {
+			return status, err
+		}
+		// The program that was attached a moment ago may be that of an upgrade.
+		if again, err := g.current(); err != nil || again.state == now.state {
+			return status, err
+		}
+	}
+}
+
+func (g *Group) status() (Status, error) {
 	s, v := g.state, g.state.config.Values()
 	status := Status{
 		Key:          g.key,
@@ -117,7 +134,7 @@ func (g *Group) Status() (Status, error) {
 		return status, err
 	}
 	status.NetNSInode = uint64(live.NetNSInode)
-	status.Attached = live.HasProgram && ours(live.Program, s)
+	status.Attached = live.HasProgram && ours(live.Program, s.RpselSelect)
 	if err := g.listeners(&status, live, now); err != nil {
 		return status, fmt.Errorf("%s: %w", g.key, err)
 	}

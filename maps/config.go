@@ -20,9 +20,6 @@ const (
 	ConfirmClient = 0 // by the client's next packet
 )
 
-// freezeSeconds is RPSEL_FREEZE_SECONDS in bpf/rpsel.h.
-const freezeSeconds = 10
-
 // Config is what user space tells the selection program, and itself. Several
 // processes may read it at once; only the holder of the namespace's lock writes.
 type Config struct {
@@ -111,5 +108,5 @@ func (c *Config) Wait(what Waiting, now, until uint32) {
 func (c *Config) Frozen(now uint32) bool {
 	since := atomic.LoadUint32(&c.Values().Frozen)
 	lasted := Age(now, since)
-	return since != 0 && lasted >= 0 && lasted < freezeSeconds
+	return since != 0 && lasted >= 0 && lasted < FreezeSeconds
 }

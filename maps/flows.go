@@ -15,6 +15,10 @@ import (
 // BucketSize is the number of entries of a bucket.
 const BucketSize = 8
 
+// firstBucket is the number of entries of the first bucket that are used before
+// the second (RPSEL_FIRST_BUCKET in bpf/rpsel.h).
+const firstBucket = 6
+
 // BucketsFor returns how many buckets a table for that many flows has: 1.5
 // entries per flow, so that at full load fewer than one flow in a million
 // finds no room.
@@ -154,6 +158,62 @@ func (f *Flows) Sweep(first, end int, now uint32, limits Limits) (n int) {
 		}
 	}
 	return n
+}
+
+// Place puts a flow of another table into this one, which no program uses yet,
+// where the program will look for it and by the rule by which it would have put
+// it there (insert_claim in bpf/flow.h). Only where the program would find both
+// buckets full, a flow that is there makes room by going to its other bucket. It
+// reports false if none can.
+func (f *Flows) Place(e Entry) bool {
+	first, second := Buckets(e.Identity, uint32(len(f.buckets.values)))
+	bucket, at := first, f.used(first)
+	if at >= firstBucket && f.used(second) < BucketSize {
+		bucket, at = second, f.used(second)
+	}
+	if at == BucketSize {
+		var ok bool
+		if bucket, at, ok = f.makeRoom(first, second); !ok {
+			return false
+		}
+	}
+	address := e.Client.Addr().As16()
+	f.details.values[bucket*BucketSize+at] = bpf.SelectDetail{
+		Client:  [2]uint64{binary.NativeEndian.Uint64(address[:8]), binary.NativeEndian.Uint64(address[8:])},
+		History: uint64(e.Client.Port())<<(2*secondBits) | uint64(e.Since)<<secondBits | uint64(e.Created),
+	}
+	place := &f.buckets.values[bucket].Flows[at]
+	place.Identity, place.Word = e.Identity, uint64(e.Word)
+	return true
+}
+
+// makeRoom moves a flow out of one of two full buckets. It returns the place.
+func (f *Flows) makeRoom(buckets ...uint32) (bucket, place uint32, ok bool) {
+	for _, bucket := range buckets {
+		for place, flow := range f.buckets.values[bucket].Flows {
+			to, other := Buckets(flow.Identity, uint32(len(f.buckets.values)))
+			if to == bucket {
+				to = other
+			}
+			if used := f.used(to); used < BucketSize {
+				f.buckets.values[to].Flows[used] = flow
+				f.details.values[to*BucketSize+used] = f.details.values[bucket*BucketSize+uint32(place)]
+				return bucket, uint32(place), true
+			}
+		}
+	}
+	return 0, 0, false
+}
+
+// used is how many places of a bucket are taken: those in front, as long as
+// only Place has filled it.
+func (f *Flows) used(bucket uint32) uint32 {
+	for i := range f.buckets.values[bucket].Flows {
+		if f.buckets.values[bucket].Flows[i].Word == 0 {
+			return uint32(i)
+		}
+	}
+	return BucketSize
 }
 
 // Forget removes the flow from the table. It reports false if the entry has

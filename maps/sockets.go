@@ -39,6 +39,20 @@ func (s *Sockets) Cookie(slot uint32) (uint64, error) {
 	return cookie, nil
 }
 
+// Count returns how many slots are not empty.
+func (s *Sockets) Count() (n int, err error) {
+	for slot := range uint32(Slots) {
+		cookie, err := s.Cookie(slot)
+		if err != nil {
+			return 0, err
+		}
+		if cookie != 0 {
+			n++
+		}
+	}
+	return n, nil
+}
+
 // Insert puts a socket into an empty slot. It returns ErrInUse or ErrUnfit for
 // sockets the kernel refuses, and ebpf.ErrKeyExist if the slot is not empty.
 func (s *Sockets) Insert(slot uint32, fd int) error {

@@ -41,7 +41,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no such group or listener,
 	})
 	root.AddCommand(
 		newAttachCmd(e), newDetachCmd(e), newRunCmd(e), newReapCmd(e), newAgentCmd(e),
-		newDrainCmd(e), newResumeCmd(e), newWeightCmd(e), newFlushCmd(e),
+		newDrainCmd(e), newResumeCmd(e), newWeightCmd(e), newFlushCmd(e), newUpgradeCmd(e),
 		newStatusCmd(e), newFlowsCmd(e), newWhyCmd(e),
 		newCheckCmd(e), newDemoCmd(e), newDemoInsideCmd(e), newDemoListenerCmd(e), newVersionCmd(e), newCompletionCmd(e),
 	)

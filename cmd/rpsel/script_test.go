@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,12 +17,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/agent"
+	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -66,6 +69,8 @@ func without() {
 //	                             number of sockets, plain (no SO_REUSEPORT),
 //	                             v6only, mptcp, cpu (SO_INCOMING_CPU), uid=N.
 //	                             Sets $NAME to its pid
+//	layout1 PORT                 attach as an rpsel of layout 1 did
+//	layout PORT N                write another layout into a udp group's state
 //	foreign PORT                 attach a program that is not rpsel's
 //	die NAME                     kill it
 //	ask NAME [N ADDR]            let N new flows, or those of before, ask
@@ -92,6 +97,8 @@ func TestScripts(t *testing.T) {
 			"device":    device,
 			"foreign":   inWorld((*world).foreign),
 			"await":     inWorld((*world).await),
+			"layout":    inWorld((*world).layout),
+			"layout1":   inWorld((*world).layout1),
 			"serve":     inWorld((*world).serve),
 			"die":       inWorld((*world).die),
 			"ask":       inWorld((*world).ask),
@@ -254,6 +261,25 @@ func (w *world) foreign(ts *testscript.TestScript, args []string) {
 		})
 		return errors.Join(err, controlErr)
 	}))
+}
+
+func (w *world) layout1(ts *testscript.TestScript, args []string) {
+	port, err := parseNumber(args[0], 1, 65535)
+	ts.Check(err)
+	layout1.Attach(w.t, bpffs, w.ns, uint16(port), layout1.Options{Flows: 1000})
+}
+
+// layout writes to a group of 127.0.0.1.
+func (w *world) layout(ts *testscript.TestScript, args []string) {
+	n, err := strconv.ParseUint(args[1], 10, 32)
+	ts.Check(err)
+	config, err := ebpf.LoadPinnedMap(filepath.Join(bpffs, "rpsel", strconv.FormatUint(w.ns.Cookie(), 10), "udp_7f000001_"+args[0], "config"), nil)
+	ts.Check(err)
+	defer config.Close()
+	value, err := config.LookupBytes(uint32(0))
+	ts.Check(err)
+	binary.NativeEndian.PutUint32(value[8:], uint32(n))
+	ts.Check(config.Put(uint32(0), value))
 }
 
 func (w *world) die(_ *testscript.TestScript, args []string) { w.servers[args[0]].Kill() }

@@ -142,7 +142,14 @@ func (c *Clients) open(port int) (fd int, err error) {
 			return -1, os.NewSyscallError("setsockopt SO_LINGER", err)
 		}
 	}
-	return fd, os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, uint16(port)))))
+	// Who lists open files at the same time, as sockets.Find does, holds each for
+	// a moment (kernel/bpf/task_iter.c): also the last socket that was closed here.
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, uint16(port))))
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
+			return fd, os.NewSyscallError("bind", err)
+		}
+	}
 }
 
 // answer reads the name of the server. A deadline that has passed does not
