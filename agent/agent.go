@@ -22,6 +22,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -135,10 +136,10 @@ func (c Client) ask(ctx context.Context, op door.Op, conn syscall.Conn) (slot in
 	buf := make([]byte, door.MaxAnswer+1)
 	n, err := to.Read(buf)
 	switch {
-	case err != nil && !errors.Is(err, unix.ECONNRESET):
-		return 0, err
-	case err != nil || n == 0:
+	case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET):
 		return 0, fmt.Errorf("%w: it ended, or was too busy to answer: try again", ErrNoAgent)
+	case err != nil:
+		return 0, err
 	}
 	answer, err := door.ParseAnswer(buf[:n])
 	if err != nil {

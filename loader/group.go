@@ -24,6 +24,7 @@ type Group struct {
 	fresh  bool
 	joined []int
 	swept  atomic.Int64 // the bucket where the next sweep begins
+	dir    os.FileInfo  // of the state, if Open opened it
 	closed sync.Once
 
 	mu  sync.Mutex
@@ -45,11 +46,13 @@ func (fs FS) Open(key Key) (*Group, error) {
 		}
 		key.NetNS = own
 	}
+	// If it is replaced between the two, the handle is not current.
+	dir, _ := os.Stat(fs.groupDir(key))
 	s, err := fs.open(key)
 	if err != nil {
 		return nil, err
 	}
-	return &Group{fs: fs, key: key, state: s}, nil
+	return &Group{fs: fs, key: key, state: s, dir: dir}, nil
 }
 
 // Close gives back the group's descriptors and memory. The kernel keeps
@@ -106,8 +109,14 @@ func (g *Group) Fresh() bool { return g.fresh }
 func (g *Group) Joined() []int { return slices.Clone(g.joined) }
 
 // Owner returns the user whose processes may register sockets of the group
-// through the agent. It reports false if there is none.
-func (g *Group) Owner() (uid uint32, ok bool) { return g.state.config.Owner() }
+// through the agent. It reports false if there is none, or it cannot be read.
+func (g *Group) Owner() (uid uint32, ok bool) {
+	now, err := g.current()
+	if err != nil {
+		return 0, false
+	}
+	return now.state.config.Owner()
+}
 
 // Slot returns the slot of a socket. It borrows conn.
 //
@@ -117,15 +126,15 @@ func (g *Group) Slot(conn syscall.Conn) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	registered, err := g.state.registered()
+	slots, err := g.Slots()
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", g.key, err)
 	}
-	slot, ok := registered[cookie]
+	slot, ok := slots[cookie]
 	if !ok {
 		return 0, fmt.Errorf("%s: socket %d: %w: register it first", g.key, cookie, ErrNoListener)
 	}
-	return int(slot), nil
+	return slot, nil
 }
 
 // change runs f with the namespace's lock held, on the state as it should be

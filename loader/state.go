@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
 )
@@ -112,6 +113,10 @@ func (s *state) view() (err error) {
 func (p *pinned) now() (uint32, error) {
 	// A socket filter is only run over a frame with an Ethernet header.
 	second, _, err := p.RpselClock.Test(make([]byte, 64))
+	if errors.Is(err, unix.EPERM) {
+		// The library loads a program to find out whether programs can be run.
+		return 0, capability.Denied("read the program's clock", capability.BPF)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("read the program's clock: %w", err)
 	}
@@ -141,17 +146,17 @@ func settledAt(now uint32, d time.Duration) uint32 {
 	return now + seconds(d) + 1
 }
 
+// constants are what is fixed when a program is loaded.
+type constants struct {
+	flows, affinity, clockMult uint32
+	pickPairs                  uint32
+}
+
 // setOwner changes the owner, if the options say so.
 func (s *state) setOwner(o Options) {
 	if o.Owner != nil {
 		s.config.SetOwner(*o.Owner, *o.Owner != NoOwner)
 	}
-}
-
-// constants are what is fixed when a program is loaded.
-type constants struct {
-	flows, affinity, clockMult uint32
-	pickPairs                  uint32
 }
 
 // load loads a program, and maps of its own where keep has none.
@@ -241,7 +246,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 func loadError(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("load the selection program: %w: CAP_BPF is missing, run as root", ErrPermission)
+		return capability.Denied("load the selection program", capability.BPF)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("load the selection program: %w: Linux 5.14 or later is needed: %w", ErrUnsupported, err)
 	default:

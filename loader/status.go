@@ -114,7 +114,7 @@ func (g *Group) status() (Status, error) {
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second
-	if uid, ok := g.Owner(); ok {
+	if uid, ok := s.config.Owner(); ok {
 		status.Owner = &uid
 	}
 	// The last second has begun already, see settledAt.

@@ -13,6 +13,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // Adoption is what Adopt did to a socket.
@@ -137,7 +139,7 @@ func makeGroup(fd int, key Key) (lost uint32, err error) {
 	if err != nil {
 		unix.Close(helper)
 		if errors.Is(err, unix.EPERM) {
-			return 0, permission("load program", capBPF)
+			return 0, capability.Denied("load program", capability.BPF)
 		}
 		return 0, fmt.Errorf("load program: %w", err)
 	}
@@ -183,7 +185,7 @@ func join(helper, program int, key Key) error {
 	case unix.EADDRINUSE:
 		return fmt.Errorf("%s beside it: %w: a third socket without SO_REUSEPORT is in the way", doing, errno)
 	case unix.EACCES:
-		return permission(doing+" beside it", capNetBind)
+		return capability.Denied(doing+" beside it", capability.NetBind)
 	default:
 		return fmt.Errorf("%s beside it: %w", doing, errno)
 	}
@@ -243,7 +245,7 @@ func newHelper(fd int, key Key) (_ int, err error) {
 		}
 	}()
 	if err := unix.Fchown(helper, int(key.UID), -1); errors.Is(err, unix.EPERM) {
-		return -1, permission("give socket to its owner", capChown)
+		return -1, capability.Denied("give socket to its owner", capability.Chown)
 	} else if err != nil {
 		return -1, os.NewSyscallError("fchown", err)
 	}
@@ -307,7 +309,7 @@ func netNSOfSocket(fd int, cookie uint64) (*NetNS, error) {
 	own.Close()
 	ns, err := unix.IoctlRetInt(fd, unix.SIOCGSKNS)
 	if errors.Is(err, unix.EPERM) {
-		return nil, permission("open network namespace", capNetAdmin)
+		return nil, capability.Denied("open network namespace", capability.NetAdmin)
 	} else if err != nil {
 		return nil, os.NewSyscallError("ioctl SIOCGSKNS", err)
 	}

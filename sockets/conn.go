@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // Conn is a socket borrowed from another process. It is the same socket, not
@@ -96,7 +98,7 @@ func traceError() error {
 	if err == nil && strings.TrimSpace(string(scope)) == "3" {
 		return fmt.Errorf("take socket: %w: kernel.yama.ptrace_scope is 3, which forbids it until the next boot", ErrPermission)
 	}
-	return permission("take socket", capPtrace)
+	return capability.Denied("take socket", capability.Ptrace)
 }
 
 // Holder tells whom the socket was borrowed from, also after Close.

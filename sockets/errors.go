@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // Why something cannot be done at all.
 var (
 	// ErrPermission: a capability is missing. The message names it.
-	ErrPermission = errors.New("permission denied")
+	ErrPermission = capability.ErrPermission
 	// ErrUnsupported: the kernel lacks a feature. The message names it.
 	ErrUnsupported = errors.New("not supported by this kernel")
 	// ErrGone: the process, its descriptor or the socket behind it is no
@@ -50,42 +50,4 @@ var (
 func DescribeOwners(uids []uint32) string {
 	return fmt.Sprintf("sockets of different users (uid %s) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)",
 		strings.Trim(strings.ReplaceAll(fmt.Sprint(uids), " ", ", "), "[]"))
-}
-
-// permission says which of the capabilities an operation needs are missing.
-func permission(doing string, needs ...capability) error {
-	if lacks := missing(needs); len(lacks) > 0 {
-		return fmt.Errorf("%s: %w without %s: run as root", doing, ErrPermission, strings.Join(lacks, " and "))
-	}
-	return fmt.Errorf("%s: %w: a security module, or capabilities only inside a user namespace", doing, ErrPermission)
-}
-
-type capability struct {
-	name string
-	bit  uint
-}
-
-var (
-	capChown    = capability{"CAP_CHOWN", unix.CAP_CHOWN}
-	capNetAdmin = capability{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN}
-	capNetBind  = capability{"CAP_NET_BIND_SERVICE", unix.CAP_NET_BIND_SERVICE}
-	capPtrace   = capability{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE}
-	capAdmin    = capability{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN}
-	capPerfmon  = capability{"CAP_PERFMON", unix.CAP_PERFMON}
-	capBPF      = capability{"CAP_BPF", unix.CAP_BPF}
-)
-
-// missing names the capabilities the calling thread does not have in effect.
-func missing(needs []capability) []string {
-	var have [2]unix.CapUserData
-	if err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &have[0]); err != nil {
-		return nil
-	}
-	var lacks []string
-	for _, c := range needs {
-		if have[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
-			lacks = append(lacks, c.name)
-		}
-	}
-	return lacks
 }

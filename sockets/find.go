@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // Query says which sockets to find. The zero value finds every bound UDP
@@ -376,8 +377,8 @@ func (f *finder) close() {
 // loadError translates what the BPF library makes of a kernel's refusal.
 // Without CAP_BPF that speaks of MEMLOCK.
 func loadError(err error) error {
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && len(missing([]capability{capBPF, capPerfmon})) > 0 {
-		return permission("load iterator", capBPF, capPerfmon)
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && len(capability.Missing(capability.BPF, capability.Perfmon)) > 0 {
+		return capability.Denied("load iterator", capability.BPF, capability.Perfmon)
 	}
 	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); errors.Is(statErr, os.ErrNotExist) {
 		return fmt.Errorf("load iterator: %w: it has no BTF in /sys/kernel/btf (CONFIG_DEBUG_INFO_BTF)", ErrUnsupported)

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // runNetNS is where ip-netns(8) keeps named namespaces.
@@ -124,7 +126,7 @@ func openNetNS(path string) (*NetNS, error) {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ESRCH), errors.Is(err, unix.ENAMETOOLONG):
 		return nil, ErrNoNetNS
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return nil, permission("open", capPtrace)
+		return nil, capability.Denied("open", capability.Ptrace)
 	case err != nil:
 		return nil, os.NewSyscallError("open", err)
 	}
@@ -227,7 +229,7 @@ func (n *NetNS) enter() (back func() error, err error) {
 	if err != nil {
 		unix.Close(old)
 		if errors.Is(err, unix.EPERM) {
-			return nil, permission("enter network namespace", capAdmin)
+			return nil, capability.Denied("enter network namespace", capability.SysAdmin)
 		}
 		return nil, os.NewSyscallError("setns", err)
 	}

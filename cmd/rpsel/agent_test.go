@@ -24,8 +24,8 @@ type realAgent struct {
 	log string
 }
 
-// startAgent starts the binary as an agent and returns when it is ready.
-func startAgent(t testing.TB, binary, bpffs, services string) *realAgent {
+// startRealAgent starts the binary as an agent and returns when it is ready.
+func startRealAgent(t testing.TB, binary, bpffs, services string) *realAgent {
 	t.Helper()
 	dir := t.TempDir()
 	a := &realAgent{t: t, log: filepath.Join(dir, "log")}
@@ -126,7 +126,7 @@ func TestAgentKilled(t *testing.T) {
 	services := fmt.Sprintf("[[service]]\nport = 1194\nnetns = %q\nsettle = \"0s\"\n", ns.Path())
 	servers := testnet.StartGroup(t, ns, 4, options)
 	clients := testnet.NewClients(t, ns, 300, options.Addr)
-	a := startAgent(t, binary, bpffs, services)
+	a := startRealAgent(t, binary, bpffs, services)
 	before := clients.Ask()
 	ask := func(when string, gone ...string) {
 		t.Helper()
@@ -143,7 +143,7 @@ func TestAgentKilled(t *testing.T) {
 		ask("a server left while it was dead", servers.Names[i])
 		name := servers.Add()
 		ask("a server came while it was dead")
-		a = startAgent(t, binary, bpffs, services)
+		a = startRealAgent(t, binary, bpffs, services)
 		ask("the agent is back")
 		awaitListeners(t, ns, bpffs, 1194, 4)
 		if shares := testnet.Shares(testnet.NewClients(t, ns, 200, options.Addr).Ask()); shares[name] == 0 {
@@ -153,7 +153,7 @@ func TestAgentKilled(t *testing.T) {
 		servers.Add()
 		a.kill()
 		ask("the agent was killed while a server came")
-		a = startAgent(t, binary, bpffs, services)
+		a = startRealAgent(t, binary, bpffs, services)
 		awaitListeners(t, ns, bpffs, 1194, 5)
 		servers.Close(len(servers.Names) - 1)
 	}
@@ -186,7 +186,7 @@ func BenchmarkAgentAtRest(b *testing.B) {
 		testnet.StartGroup(b, ns, 8, testnet.ServerOptions{Network: "udp4", Addr: fmt.Sprint("127.0.0.1:", port), ReusePort: true})
 		services += fmt.Sprintf("[[service]]\nport = %d\nnetns = %q\nsettle = \"0s\"\n", port, ns.Path())
 	}
-	a := startAgent(b, binary, bpffs, services)
+	a := startRealAgent(b, binary, bpffs, services)
 	for port := uint16(1194); port < 1198; port++ {
 		awaitListeners(b, ns, bpffs, port, 8)
 	}

@@ -41,9 +41,9 @@ attached before it are detached again.`,
   rpsel attach --port 1194
   rpsel attach --port 5300 --adopt
   rpsel attach --port 1194 --flows 1000000 --idle 10m
-  rpsel attach --port 4433 --owner www-data
   rpsel attach --port 1194 --policy newest
-  rpsel attach --port 1194 --generation new`,
+  rpsel attach --port 1194 --generation new
+  rpsel attach --port 4433 --owner www-data`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.needPort(cmd); err != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/loader"
@@ -91,6 +92,8 @@ type finding struct {
 	OK     bool   `json:"ok"`
 	For    string `json:"needed_for"`
 	Detail string `json:"detail"`
+	// Commands are those that need a capability.
+	Commands []string `json:"commands,omitempty"`
 }
 
 // memberFinding is a socket on the port.
@@ -107,7 +110,7 @@ type memberFinding struct {
 
 // note adds a finding that attach does not depend on.
 func (c *checker) note(name, neededFor string, ok bool, format string, args ...any) {
-	c.findings = append(c.findings, finding{name, ok, neededFor, fmt.Sprintf(format, args...)})
+	c.findings = append(c.findings, finding{Name: name, OK: ok, For: neededFor, Detail: fmt.Sprintf(format, args...)})
 }
 
 // need adds a finding without which attach ends with this exit code.
@@ -162,37 +165,34 @@ func orElse(err error, good, bad string) string {
 	return good
 }
 
-// capabilities lists those that this process has in effect.
+// capabilities lists those that rpsel makes use of.
 func (c *checker) capabilities() {
-	var have [2]unix.CapUserData
-	if err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &have[0]); err != nil {
-		c.need("capabilities", false, exitFailed, "capget: %v", err)
+	admin, err := capability.SysAdmin.Effective()
+	if err != nil {
+		c.need("capabilities", false, exitFailed, "%v", err)
 		return
 	}
-	has := func(bit uint) bool { return have[bit/32].Effective&(1<<(bit%32)) != 0 }
-	c.admin = has(unix.CAP_SYS_ADMIN)
-	for _, capability := range []struct {
-		name, neededFor string
-		bit             uint
-	}{
-		{"CAP_BPF", "attach", unix.CAP_BPF},
-		{"CAP_PERFMON", "attach", unix.CAP_PERFMON},
-		{"CAP_SYS_PTRACE", "sockets of processes of other users", unix.CAP_SYS_PTRACE},
-		{"CAP_NET_ADMIN", "run, attach --adopt --proto tcp", unix.CAP_NET_ADMIN},
-		{"CAP_SYS_ADMIN", "mounting a bpffs, other namespaces, demo", unix.CAP_SYS_ADMIN},
-	} {
-		ok, detail := has(capability.bit), "in effect"
+	c.admin = admin
+	for _, one := range capability.All {
+		ok, err := one.Effective()
+		detail := "in effect"
 		switch {
+		case err != nil:
+			detail = err.Error()
 		case ok:
-		case c.admin && (capability.bit == unix.CAP_BPF || capability.bit == unix.CAP_PERFMON):
-			ok, detail = true, "in effect by CAP_SYS_ADMIN" // include/linux/capability.h bpf_capable
+		case admin && one.Covered():
+			ok, detail = true, "in effect by CAP_SYS_ADMIN"
 		default:
 			detail = "missing: run as root"
 		}
-		if capability.neededFor == "attach" {
-			c.need(capability.name, ok, exitPermission, "%s", detail)
-		} else {
-			c.note(capability.name, capability.neededFor, ok, "%s", detail)
+		f := finding{
+			Name: one.Name, OK: ok, For: strings.Join(one.Commands(), "; "),
+			Detail: fmt.Sprintf("%s (%s)", detail, one.Why), Commands: one.Commands(),
+		}
+		c.findings = append(c.findings, f)
+		// CAP_SYS_PTRACE is for servers of other users only.
+		if !ok && (one == capability.BPF || one == capability.Perfmon) {
+			c.fail(f, exitPermission)
 		}
 	}
 }
@@ -337,7 +337,7 @@ func (c *checker) group(g sockets.Group) {
 	}
 	switch {
 	case planErr != nil:
-		f := finding{name, false, "attach", planErr.Error()}
+		f := finding{Name: name, For: "attach", Detail: planErr.Error()}
 		c.findings = append(c.findings, f)
 		c.fail(f, exitCode(planErr))
 	case plan.Attached:

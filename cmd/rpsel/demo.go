@@ -116,7 +116,7 @@ func newDemoInsideCmd(e *env) *cobra.Command {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			if err := demo.Prepare(); errors.Is(err, unix.EPERM) {
-				return fmt.Errorf("%w: %v: run as root", loader.ErrPermission, err)
+				return fmt.Errorf("%w: %v: CAP_NET_ADMIN and CAP_SYS_ADMIN are needed: run as root", loader.ErrPermission, err)
 			} else if err != nil {
 				return err
 			}

@@ -117,11 +117,11 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if status.Settling > 0 {
 		title += fmt.Sprintf("  settling %v", status.Settling.Round(time.Second))
 	}
-	if status.Owner != nil {
-		title += "  owner " + owner.Name(*status.Owner)
-	}
 	if status.Turning > 0 {
 		title += fmt.Sprintf("  turning %v", status.Turning.Round(time.Second))
+	}
+	if status.Owner != nil {
+		title += "  owner " + owner.Name(*status.Owner)
 	}
 	if s.netns == allNetNS {
 		title += fmt.Sprintf("  netns %d", status.NetNSInode)

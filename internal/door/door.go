@@ -14,12 +14,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
+// patience is how long a client may take to say what it wants, or to take the
+// answer. Tests are less patient.
+var patience = 5 * time.Second
+
 const (
-	// patience is how long a client may take to say what it wants, or to take
-	// the answer.
-	patience = 5 * time.Second
 	// maxClients is how many clients of one owner are served at once; others
 	// wait in the socket's queue.
 	maxClients = 16
@@ -162,7 +165,7 @@ func listen(dir string, uid uint32) (*listener, error) {
 	if err := os.Lchown(path, int(uid), -1); err != nil {
 		l.Close()
 		if errors.Is(err, unix.EPERM) {
-			err = fmt.Errorf("%w: CAP_CHOWN is missing", err)
+			err = capability.Denied("give "+path+" to its owner", capability.Chown)
 		}
 		return nil, err
 	}
@@ -215,11 +218,9 @@ func (d *Door) answer(c *net.UnixConn, owner uint32) {
 		return
 	}
 	request, file, err := receive(c)
-	if errors.Is(err, errSilent) {
-		return
-	}
 	var a Answer
 	switch {
+	case errors.Is(err, errSilent):
 	case err != nil:
 		a.Text = err.Error()
 	case peer.UID != owner:
@@ -231,6 +232,9 @@ func (d *Door) answer(c *net.UnixConn, owner uint32) {
 	// own again. It may block, if the client sent something odd.
 	for _, fd := range file {
 		unix.Close(fd)
+	}
+	if errors.Is(err, errSilent) {
+		return
 	}
 	c.SetWriteDeadline(time.Now().Add(patience))
 	c.Write(a.Marshal())
@@ -307,11 +311,12 @@ func receive(c *net.UnixConn) (Request, received, error) {
 	// The alignment leaves room for a second descriptor; what does not fit the
 	// kernel does not install, and says so.
 	control := make([]byte, unix.CmsgSpace(4))
-	n, controlled, flags, _, err := c.ReadMsgUnix(message, control) // sets MSG_CMSG_CLOEXEC
-	if err != nil || n == 0 && controlled == 0 {
-		return Request{}, nil, errSilent
-	}
+	n, controlled, flags, _, readErr := c.ReadMsgUnix(message, control) // sets MSG_CMSG_CLOEXEC
+	// A message without a byte reads like the end, and may have descriptors.
 	file, err := descriptors(control[:controlled])
+	if readErr != nil {
+		return Request{}, file, errSilent
+	}
 	if err != nil {
 		return Request{}, file, err
 	}

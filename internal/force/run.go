@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
 )
 
@@ -170,8 +171,12 @@ func lookupUser(name string) (become func() error, err error) {
 		if err == nil {
 			err = syscall.Setuid(uid)
 		}
-		if err != nil {
-			return fmt.Errorf("become user %s: %w: %v: run as root", u.Username, ErrPermission, err)
+		doing := "become user " + u.Username
+		switch {
+		case errors.Is(err, unix.EPERM):
+			return capability.Denied(doing, capability.SetUID, capability.SetGID)
+		case err != nil:
+			return fmt.Errorf("%s: %w", doing, err)
 		}
 		return nil
 	}, nil

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -199,11 +200,13 @@ func (s Settings) spec() (*ebpf.CollectionSpec, error) {
 // loadInto loads what the struct asks for.
 func loadInto(spec *ebpf.CollectionSpec, objects any) error {
 	err := spec.LoadAndAssign(objects, nil)
+	// Without CAP_PERFMON the verifier does not know some helpers.
+	needs := []capability.Capability{capability.BPF, capability.Perfmon, capability.NetAdmin}
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("load bind programs: %w without CAP_BPF and CAP_NET_ADMIN: run as root", ErrPermission)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EINVAL) && len(capability.Missing(needs...)) > 0:
+		return capability.Denied("load bind programs", needs...)
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load bind programs: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
 	}

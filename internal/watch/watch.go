@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -81,9 +82,11 @@ func Open(cgroupDir string) (*Watcher, error) {
 
 // loadError translates what the BPF library makes of a kernel's refusal.
 func loadError(err error) error {
+	// Without CAP_PERFMON the verifier does not know some helpers.
+	needs := []capability.Capability{capability.BPF, capability.Perfmon, capability.NetAdmin}
 	switch {
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("load watch programs: %w without CAP_BPF and CAP_NET_ADMIN: run as root", sockets.ErrPermission)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EINVAL) && len(capability.Missing(needs...)) > 0:
+		return capability.Denied("load watch programs", needs...)
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load watch programs: %w: %v (Linux 5.14 or later is needed)", sockets.ErrUnsupported, err)
 	}

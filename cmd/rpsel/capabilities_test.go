@@ -1,0 +1,455 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/agent"
+	"github.com/rpsel/rpsel/internal/capability"
+	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/door"
+	"github.com/rpsel/rpsel/internal/testnet"
+)
+
+// onlyCmd runs a command as root with some capabilities and no others:
+// only bpf,perfmon CMD…
+func onlyCmd() {
+	runtime.LockOSThread()
+	keep := strings.Split(os.Args[1], ",")
+	for bit := uintptr(0); ; bit++ {
+		on, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, bit, 0, 0, 0)
+		if errors.Is(err, unix.EINVAL) {
+			break // there are no more
+		}
+		if on == 1 && !slices.Contains(keep, fmt.Sprint(bit)) {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, bit, 0, 0, 0); err != nil {
+				panic(err)
+			}
+		}
+	}
+	panic(syscall.Exec(os.Args[2], os.Args[2:], os.Environ()))
+}
+
+// The users of these tests. Servers are never the caller's.
+const (
+	capCaller = 65534
+	capServer = 1000
+)
+
+// capWorld is what a case of TestCapabilities is tried in.
+type capWorld struct {
+	t      *testing.T
+	ns     *testnet.NetNS
+	bpffs  string
+	built  string // the command
+	uid    int
+	cgroup *os.File // nil: the test's
+}
+
+// buildRpsel builds the command, where every user can execute it.
+func buildRpsel(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(testnet.RunDir(t), "rpsel")
+	cmd := exec.Command("go", "build", "-o", path, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
+}
+
+// command is the built command with some capabilities and no others.
+func (w *capWorld) command(have []capability.Capability, args ...string) *exec.Cmd {
+	w.t.Helper()
+	cmd := exec.Command(w.built, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	if w.cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(w.cgroup.Fd())
+	}
+	if w.uid == 0 {
+		self, err := os.Executable()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		var bits []string
+		for _, c := range have {
+			bits = append(bits, fmt.Sprint(c.Bit))
+		}
+		cmd.Path, cmd.Args = self, append([]string{"only", strings.Join(bits, ","), w.built}, args...)
+		return cmd
+	}
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(w.uid), Gid: uint32(w.uid)}
+	for _, c := range have {
+		cmd.SysProcAttr.AmbientCaps = append(cmd.SysProcAttr.AmbientCaps, uintptr(c.Bit))
+	}
+	return cmd
+}
+
+// run runs a command that ends by itself.
+func (w *capWorld) run(have []capability.Capability, args ...string) (code int, out, talk string) {
+	w.t.Helper()
+	cmd := w.command(have, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := w.ns.Start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if exit := (&exec.ExitError{}); err != nil && !errors.As(err, &exit) {
+		w.t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()
+}
+
+// until runs a command up to a line on its standard error that has the last of
+// these words, and then ends it. The others have to be met by then. The exit code is that of a missing permission
+// if the command has lived with one and said so.
+func (w *capWorld) until(words []string, have []capability.Capability, args ...string) (code int, out, talk string) {
+	w.t.Helper()
+	cmd := w.command(have, args...)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := w.ns.Start(cmd); err != nil {
+		w.t.Fatal(err)
+	}
+	defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+	met, complaint := false, ""
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() {
+		if strings.Contains(lines.Text(), "permission denied") {
+			complaint += lines.Text() + " "
+		}
+		if !met {
+			talk += lines.Text() + "\n"
+		}
+		if met = met || strings.Contains(lines.Text(), words[len(words)-1]); met {
+			stdin.Close() // ends a listener
+			if args[0] == "agent" {
+				cmd.Process.Signal(syscall.SIGTERM)
+			}
+		}
+	}
+	err = cmd.Wait()
+	if exit := (&exec.ExitError{}); err != nil && !errors.As(err, &exit) {
+		w.t.Fatal(err)
+	}
+	switch {
+	case complaint != "":
+		return exitPermission, "", complaint + "\n"
+	case !met:
+		return cmd.ProcessState.ExitCode(), "it ended early", talk
+	}
+	for _, word := range words {
+		if !strings.Contains(talk, word) {
+			return exitFailed, "it never said " + word, talk
+		}
+	}
+	return cmd.ProcessState.ExitCode(), "", talk
+}
+
+// own gives what is on the bpffs to the caller.
+func (w *capWorld) own() {
+	w.t.Helper()
+	err := filepath.WalkDir(w.bpffs, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, w.uid, w.uid))
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// rpsel runs the built command as root with all capabilities.
+func (w *capWorld) rpsel(args ...string) {
+	w.t.Helper()
+	if out, err := w.ns.Command(w.built, args...).CombinedOutput(); err != nil {
+		w.t.Fatalf("rpsel %v: %v: %s", args, err, out)
+	}
+	w.own()
+}
+
+func (w *capWorld) serve(addr string, o testnet.ServerOptions) {
+	w.t.Helper()
+	o.Network, o.Addr = "udp4", addr
+	testnet.StartServer(w.t, w.ns, o)
+}
+
+// ownCgroup gives the commands a cgroup of their own.
+func (w *capWorld) ownCgroup() {
+	w.t.Helper()
+	own, err := cgroup.Own()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp(own, "rpsel-test-")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		// The reaper removes what is in there, some time after the command.
+		deadline := time.Now().Add(20 * time.Second)
+		for os.Remove(dir) != nil {
+			if time.Now().After(deadline) {
+				w.t.Error("left: ", dir)
+				return
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	for _, name := range []string{"", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"} {
+		if err := os.Chown(filepath.Join(dir, name), w.uid, w.uid); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	if w.cgroup, err = os.Open(dir); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { w.cgroup.Close() })
+}
+
+// runOnAttached tries whether the listener of a command is registered. That the
+// command itself runs all the same is what it is for.
+func runOnAttached(w *capWorld) func([]capability.Capability) (int, string, string) {
+	w.ownCgroup()
+	w.attach()
+	return func(have []capability.Capability) (int, string, string) {
+		return w.until([]string{"registered"}, have, "run", "--port", "1194", "--debug", "--user", fmt.Sprint(capServer), "--bpffs", w.bpffs,
+			"--", w.built, demoListener, "late")
+	}
+}
+
+// agentTrial tries whether an agent registers a listener, opens the owners'
+// doors and watches for events. Where it cannot it goes on all the same.
+func agentTrial(args ...string) capTrial {
+	return func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		w.attach(args...)
+		w.ownRunDir()
+		w.ownCgroup()
+		return func(have []capability.Capability) (int, string, string) {
+			w.serve("127.0.0.1:1194", shared)
+			return w.until([]string{"msg=registered", "mode=events", "msg=ready"}, have, "agent", "--bpffs", w.bpffs, "--cgroup", w.cgroup.Name())
+		}
+	}
+}
+
+// ownRunDir gives the agents their run directory.
+func (w *capWorld) ownRunDir() {
+	w.t.Helper()
+	dir, err := agent.Dir(w.bpffs)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			w.t.Error(err)
+		}
+	})
+	if err := errors.Join(door.MakeDir(dir), os.Chown(dir, w.uid, w.uid)); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// capTrial is how to try what a line of needs is about: it makes what is there
+// before, and returns what runs the command with some capabilities.
+type capTrial func(w *capWorld) func(have []capability.Capability) (code int, out, talk string)
+
+var capTrials = map[string]capTrial{
+	"attach": line(func(w *capWorld) []string {
+		w.serve("127.0.0.1:1194", shared)
+		return []string{"attach", "--port", "1194", "--bpffs", w.bpffs}
+	}),
+	"attach -N": line(func(w *capWorld) []string {
+		w.serve("127.0.0.1:1194", shared)
+		return []string{"attach", "--port", "1194", "--bpffs", w.bpffs, "-N", w.outside()}
+	}),
+	"attach, where no bpffs is mounted": line(func(w *capWorld) []string {
+		w.serve("127.0.0.1:1194", shared)
+		dir := testnet.RunDir(w.t)
+		if err := os.Chown(dir, w.uid, w.uid); err != nil {
+			w.t.Fatal(err)
+		}
+		w.t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				w.t.Error(err)
+			}
+		})
+		return []string{"attach", "--port", "1194", "--bpffs", dir}
+	}),
+	"attach --adopt": line(func(w *capWorld) []string {
+		w.serve("127.0.0.1:1194", lone)
+		return []string{"attach", "--port", "1194", "--adopt", "--bpffs", w.bpffs}
+	}),
+	"attach --adopt below port 1024": line(func(w *capWorld) []string {
+		w.unprivilegedPorts(0)
+		w.serve("127.0.0.1:53", lone)
+		w.unprivilegedPorts(1024)
+		return []string{"attach", "--port", "53", "--adopt", "--bpffs", w.bpffs}
+	}),
+	"attach --adopt -N": line(func(w *capWorld) []string {
+		w.serve("127.0.0.1:1194", lone)
+		return []string{"attach", "--port", "1194", "--adopt", "--bpffs", w.bpffs, "-N", w.outside()}
+	}),
+	"detach": attached("detach", "--port", "1194"),
+	"status": attached("status"),
+	"flows":  attached("flows", "--port", "1194"),
+	"why":    attached("why", "127.0.0.1"),
+	"drain":  attached("drain", "--port", "1194", "--slot", "0"),
+	"resume": attached("resume", "--port", "1194", "--slot", "0"),
+	"weight": attached("weight", "--port", "1194", "--slot", "0", "2"),
+	"flush":  attached("flush", "--port", "1194", "--all"),
+	"run": line(func(w *capWorld) []string {
+		w.ownCgroup()
+		return []string{"run", "--port", "1194", "--", "true"}
+	}),
+	"run --user": line(func(w *capWorld) []string {
+		w.ownCgroup()
+		return []string{"run", "--port", "1194", "--user", fmt.Sprint(capServer), "--", "true"}
+	}),
+	"run --user, on an attached port": runOnAttached,
+	"agent":                           agentTrial(),
+	"agent, for owners":               agentTrial("--owner", fmt.Sprint(capServer)),
+	"agent, with the netns of a service": func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		w.ownRunDir()
+		w.ownCgroup()
+		servers := w.ns
+		path := w.outside()
+		config := filepath.Join(filepath.Dir(path), "rpsel.toml")
+		if err := os.WriteFile(config, fmt.Appendf(nil, "[[service]]\nport = 1194\nnetns = %q\n", path), 0o644); err != nil {
+			w.t.Fatal(err)
+		}
+		return func(have []capability.Capability) (int, string, string) {
+			agents := w.ns
+			w.ns = servers
+			w.serve("127.0.0.1:1194", shared)
+			w.ns = agents
+			return w.until([]string{"msg=attached", "mode=events", "msg=ready"}, have, "agent", "--bpffs", w.bpffs, "--cgroup", w.cgroup.Name(), "--config", config)
+		}
+	},
+	"demo": line(func(*capWorld) []string { return []string{"demo", "-q"} }),
+}
+
+var (
+	shared = testnet.ServerOptions{ReusePort: true, UID: capServer}
+	lone   = testnet.ServerOptions{UID: capServer}
+)
+
+// line tries a command line that does one thing and ends.
+func line(before func(w *capWorld) []string) capTrial {
+	return func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		args := before(w)
+		return func(have []capability.Capability) (int, string, string) { return w.run(have, args...) }
+	}
+}
+
+// attached is a command on a port that is attached.
+func attached(args ...string) capTrial {
+	return line(func(w *capWorld) []string {
+		w.attach()
+		testnet.NewClients(w.t, w.ns, 10, "127.0.0.1:1194").Ask()
+		return append(args, "--bpffs", w.bpffs)
+	})
+}
+
+// attach serves port 1194, and attaches it with all capabilities.
+func (w *capWorld) attach(args ...string) {
+	w.t.Helper()
+	w.serve("127.0.0.1:1194", shared)
+	w.rpsel(append([]string{"attach", "--port", "1194", "--bpffs", w.bpffs}, args...)...)
+}
+
+// outside moves the commands out of the namespace of the server, and returns
+// a path by which everybody may enter that.
+func (w *capWorld) outside() string {
+	w.t.Helper()
+	path := filepath.Join(testnet.RunDir(w.t), "netns")
+	if err := errors.Join(os.WriteFile(path, nil, 0o644), unix.Mount(w.ns.Path(), path, "", unix.MS_BIND, "")); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			w.t.Error(err)
+		}
+	})
+	w.ns = testnet.New(w.t)
+	return path
+}
+
+// unprivilegedPorts says from which port on everybody may bind.
+func (w *capWorld) unprivilegedPorts(first int) {
+	w.t.Helper()
+	err := w.ns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte(fmt.Sprint(first)), 0)
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func newCapWorld(t *testing.T, built string, uid int) *capWorld {
+	w := &capWorld{t: t, ns: testnet.New(t), built: built, uid: uid}
+	w.bpffs = testnet.RunDir(t)
+	if err := unix.Mount("bpf", w.bpffs, "bpf", 0, "mode=0700"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(w.bpffs, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	w.own()
+	return w
+}
+
+// Each command works with the capabilities that are listed, as root and as
+// another user, and without any one of them it ends with exit code 4 and says
+// which one that is.
+func TestCapabilities(t *testing.T) {
+	testnet.Privileged(t)
+	built := buildRpsel(t)
+	for _, n := range capability.Needs {
+		trial, ok := capTrials[n.Command]
+		if !ok {
+			t.Errorf("%s is not tried", n.Command)
+			continue
+		}
+		for _, uid := range []int{0, capCaller} {
+			t.Run(fmt.Sprintf("%s as uid %d", n.Command, uid), func(t *testing.T) {
+				w := newCapWorld(t, built, uid)
+				try := trial(w)
+				for i, c := range n.All {
+					rest := slices.Delete(slices.Clone(n.All), i, i+1)
+					if c == capability.SysAdmin {
+						// It is missed for itself, not for what it covers.
+						rest = append(rest, capability.BPF, capability.Perfmon, capability.NetAdmin)
+					}
+					code, out, talk := try(rest)
+					if code != exitPermission || !strings.Contains(talk, c.Name) || out != "" || strings.Count(talk, "\n") != 1 {
+						t.Errorf("without %s: exit code %d, stdout %q, stderr %q", c.Name, code, out, talk)
+					}
+				}
+				if code, out, talk := try(n.All); code != exitDone {
+					t.Errorf("with all: exit code %d, stdout %q, stderr %q", code, out, talk)
+				}
+			})
+		}
+	}
+}
