@@ -40,7 +40,7 @@ func (c *checker) service(s config.Service, detail string, err error) {
 	f := serviceFinding{s.Line, s.String(), err == nil, detail}
 	if err != nil {
 		f.Detail = errorText(err, false)
-		c.fail(finding{s.String(), false, "agent", f.Detail}, exitCode(err))
+		c.fail(finding{Name: s.String(), For: "agent", Detail: f.Detail}, exitCode(err))
 	}
 	c.services = append(c.services, f)
 }
