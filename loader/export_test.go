@@ -113,11 +113,16 @@ func (g *Group) SweepAll() error {
 	if err != nil {
 		return err
 	}
-	for range (g.state.flows.Buckets() + sweepBuckets - 1) / sweepBuckets {
-		g.sweep(g.state, now)
+	buckets := int(g.state.SelectMaps.Flows.MaxEntries())
+	for range (buckets + sweepBuckets - 1) / sweepBuckets {
+		if _, err := g.sweep(g.state, now); err != nil {
+			return err
+		}
 	}
 	return nil
 }
+
+func init() { sweepPause = 0 }
 
 // OtherProgram makes attaching load a program that differs from this binary's
 // by an instruction that does nothing, until the returned function is called.

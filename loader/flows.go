@@ -55,7 +55,13 @@ func (g *Group) Flows() iter.Seq2[Flow, error] {
 			yield(Flow{}, err)
 			return
 		}
-		for e := range g.state.flows.All(now, g.state.config.Limits()) {
+		flows, err := g.state.table()
+		if err != nil {
+			yield(Flow{}, err)
+			return
+		}
+		defer flows.Close()
+		for e := range flows.All(now, g.state.config.Limits()) {
 			if !yield(g.flow(e, now, orphan), nil) {
 				return
 			}
@@ -109,7 +115,12 @@ func (g *Group) CountFlows() (tracked, established int, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	for w := range g.state.flows.Words(now, g.state.config.Limits()) {
+	flows, err := g.state.table()
+	if err != nil {
+		return 0, 0, err
+	}
+	defer flows.Close()
+	for w := range flows.Words(now, g.state.config.Limits()) {
 		tracked++
 		if w.State() == maps.Established {
 			established++
@@ -128,7 +139,7 @@ func (p *pinned) countFlows() (tracked int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	flows, err := maps.OpenFlows(p.SelectMaps.Flows, p.Details)
+	flows, err := p.table()
 	if err != nil {
 		return 0, err
 	}
@@ -162,14 +173,19 @@ func (g *Group) flush(match func(Flow) bool) (n int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	flows, err := g.state.table()
+	if err != nil {
+		return 0, err
+	}
+	defer flows.Close()
 	const tries = 3
 	for range tries {
 		missed := false
-		for e := range g.state.flows.All(now, g.state.config.Limits()) {
+		for e := range flows.All(now, g.state.config.Limits()) {
 			if match != nil && !match(g.flow(e, now, orphan)) {
 				continue
 			}
-			if g.state.flows.Forget(e) {
+			if flows.Forget(e) {
 				n++
 			} else {
 				missed = true

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/rpsel/rpsel/internal/fault"
 	"github.com/rpsel/rpsel/maps"
@@ -18,14 +19,15 @@ import (
 // concurrently, but not after Close. It follows the group when another process
 // upgrades it, or detaches and attaches it anew.
 type Group struct {
-	fs     FS
-	key    Key
-	state  *state // replaced by follow; who holds the lock or a copy may read it
-	fresh  bool
-	joined []int
-	swept  atomic.Int64 // the bucket where the next sweep begins
-	dir    os.FileInfo  // of the state, if Open opened it
-	closed sync.Once
+	fs      FS
+	key     Key
+	state   *state // replaced by follow; who holds the lock or a copy may read it
+	fresh   bool
+	joined  []int
+	swept   atomic.Int64 // the bucket where the next sweep begins
+	sweptAt atomic.Pointer[time.Time]
+	dir     os.FileInfo // of the state, if Open opened it
+	closed  sync.Once
 
 	mu  sync.Mutex
 	old []*state // replaced, and perhaps still read

@@ -1,6 +1,10 @@
 package loader
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"time"
+)
 
 // Housekept is what a Housekeep did.
 type Housekept struct {
@@ -21,7 +25,7 @@ const sweepBuckets = 1 << 14
 // Housekeep does what is no packet's business: it buries listeners that died and
 // deals their share of new flows to the others, follows a turn of generations,
 // completes what killed commands left, and removes expired flows, in a part of
-// the table at a time (each call continues where the last one of this Group
+// the table at a time (every ten seconds, on from where the last one of this Group
 // ended). Traffic does not need it, but stays evener by it, and on a group where
 // it runs at least once a day no expired flow is left when the clock wraps.
 //
@@ -52,18 +56,29 @@ func (g *Group) Housekeep() (Housekept, error) {
 			return nil
 		})
 	}
-	h.Forgotten = g.sweep(s, now)
-	return h, err
+	forgotten, sweepErr := g.sweep(s, now)
+	h.Forgotten = forgotten
+	return h, errors.Join(err, sweepErr)
 }
 
-// sweep removes expired flows of the next part of the table.
-func (g *Group) sweep(s *state, now uint32) int {
-	if s.config.Frozen(now) {
-		return 0
+// sweepPause is how long after a sweep the next one is due. Tests are less patient.
+var sweepPause = 10 * time.Second
+
+// sweep removes expired flows of the next part of the table, if that is due.
+func (g *Group) sweep(s *state, now uint32) (forgotten int, err error) {
+	if last := g.sweptAt.Load(); s.config.Frozen(now) || last != nil && time.Since(*last) < sweepPause {
+		return 0, nil
 	}
-	buckets := s.flows.Buckets()
+	flows, err := s.table()
+	if err != nil {
+		return 0, err
+	}
+	defer flows.Close()
+	at := time.Now()
+	g.sweptAt.Store(&at)
+	buckets := flows.Buckets()
 	first := int(g.swept.Load()) % buckets // an upgrade may have made another table
 	end := min(first+sweepBuckets, buckets)
 	g.swept.Store(int64(end % buckets))
-	return s.flows.Sweep(first, end, now, s.config.Limits())
+	return flows.Sweep(first, end, now, s.config.Limits()), nil
 }

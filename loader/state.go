@@ -51,7 +51,6 @@ func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.
 // state is a group's program and maps, opened.
 type state struct {
 	pinned
-	flows     *maps.Flows
 	config    *maps.Config
 	picks     *maps.Picks
 	listeners *maps.Listeners
@@ -65,12 +64,12 @@ func (s *state) close() error { return errors.Join(s.unview(), s.pinned.close())
 
 // unview gives back the memory.
 func (s *state) unview() error {
-	return errors.Join(s.flows.Close(), s.picks.Close(), s.listeners.Close(), s.config.Close())
+	return errors.Join(s.picks.Close(), s.listeners.Close(), s.config.Close())
 }
 
 // view maps what user space reads and writes, all of it or nothing.
 func (s *state) view() (err error) {
-	s.flows, s.config, s.picks, s.listeners = &maps.Flows{}, &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
+	s.config, s.picks, s.listeners = &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.unview())
@@ -91,11 +90,6 @@ func (s *state) view() (err error) {
 		return err
 	}
 	s.config = config
-	flows, err := maps.OpenFlows(s.SelectMaps.Flows, s.Details)
-	if err != nil {
-		return err
-	}
-	s.flows = flows
 	picks, err := maps.OpenPicks(s.SelectMaps.Picks, config)
 	if err != nil {
 		return err
@@ -107,6 +101,12 @@ func (s *state) view() (err error) {
 	}
 	s.listeners = listeners
 	return nil
+}
+
+// table maps the flow table, for as long as it is looked at: its memory counts as
+// the process's, and an agent has many groups. The caller closes it.
+func (p *pinned) table() (*maps.Flows, error) {
+	return maps.OpenFlows(p.SelectMaps.Flows, p.Details)
 }
 
 // now reads the second of the program's clock.

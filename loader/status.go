@@ -138,7 +138,9 @@ func (g *Group) status() (Status, error) {
 	if err := g.listeners(&status, live, now); err != nil {
 		return status, fmt.Errorf("%s: %w", g.key, err)
 	}
-	g.countFlows(&status, now)
+	if err := g.countFlows(&status, now); err != nil {
+		return status, err
+	}
 	return status, nil
 }
 
@@ -213,9 +215,14 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 }
 
 // countFlows fills in how many flows there are, and who has them.
-func (g *Group) countFlows(status *Status, now uint32) {
+func (g *Group) countFlows(status *Status, now uint32) error {
+	table, err := g.state.table()
+	if err != nil {
+		return err
+	}
+	defer table.Close()
 	var flows, recent [maps.Slots]int
-	for e := range g.state.flows.All(now, g.state.config.Limits()) {
+	for e := range table.All(now, g.state.config.Limits()) {
 		status.Tracked++
 		if e.Word.State() == maps.Established {
 			status.Established++
@@ -233,4 +240,5 @@ func (g *Group) countFlows(status *Status, now uint32) {
 		l := &status.Listeners[i]
 		l.Flows, l.Recent = flows[l.Slot], recent[l.Slot]
 	}
+	return nil
 }

@@ -300,11 +300,16 @@ const renewEvery = 1 << 16
 
 // copyFlows copies all flows that have not expired, and returns how many.
 func (f *freeze) copyFlows(to *state) (n int, err error) {
-	from, err := maps.OpenFlows(f.old.SelectMaps.Flows, f.old.Details)
+	from, err := f.old.table()
 	if err != nil {
 		return 0, err
 	}
 	defer from.Close()
+	into, err := to.table()
+	if err != nil {
+		return 0, err
+	}
+	defer into.Close()
 	homeless := 0
 	for e := range from.All(f.since, to.config.Limits()) {
 		if n%renewEvery == 0 {
@@ -313,7 +318,7 @@ func (f *freeze) copyFlows(to *state) (n int, err error) {
 			}
 		}
 		n++
-		if !place(to.flows, e) {
+		if !place(into, e) {
 			homeless++
 		}
 	}
