@@ -25,7 +25,7 @@ const sweepBuckets = 1 << 14
 // Housekeep does what is no packet's business: it buries listeners that died and
 // deals their share of new flows to the others, follows a turn of generations,
 // completes what killed commands left, and removes expired flows, in a part of
-// the table at a time (every ten seconds, on from where the last one of this Group
+// the table at a time (every 30 seconds, on from where the last one of this Group
 // ended). Traffic does not need it, but stays evener by it, and on a group where
 // it runs at least once a day no expired flow is left when the clock wraps.
 //
@@ -62,7 +62,7 @@ func (g *Group) Housekeep() (Housekept, error) {
 }
 
 // sweepPause is how long after a sweep the next one is due. Tests are less patient.
-var sweepPause = 10 * time.Second
+var sweepPause = 30 * time.Second
 
 // sweep removes expired flows of the next part of the table, if that is due.
 func (g *Group) sweep(s *state, now uint32) (forgotten int, err error) {

@@ -182,12 +182,13 @@ func BenchmarkAgentAtRest(b *testing.B) {
 	ns, bpffs := testnet.New(b), testnet.BPFFS(b)
 	removeRunDir(b, bpffs)
 	services := ""
-	for port := 1194; port < 1198; port++ {
+	const first = 29194 // no other test of this machine makes events there
+	for port := first; port < first+4; port++ {
 		testnet.StartGroup(b, ns, 8, testnet.ServerOptions{Network: "udp4", Addr: fmt.Sprint("127.0.0.1:", port), ReusePort: true})
 		services += fmt.Sprintf("[[service]]\nport = %d\nnetns = %q\nsettle = \"0s\"\n", port, ns.Path())
 	}
 	a := startRealAgent(b, binary, bpffs, services)
-	for port := uint16(1194); port < 1198; port++ {
+	for port := uint16(first); port < first+4; port++ {
 		awaitListeners(b, ns, bpffs, port, 8)
 	}
 	const time30 = 30 * time.Second

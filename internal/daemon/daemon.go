@@ -73,8 +73,8 @@ func Run(ctx context.Context, o Options) error {
 	own.Close()
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(),
-		groups: map[loader.Key]*group{}, failures: map[string]failure{},
-		inbox: newInbox(), ended: make(chan error, 1), polled: map[uint64]*polled{},
+		groups: map[loader.Key]*group{}, failures: map[string]failure{}, named: map[string]uint64{},
+		inbox: newInbox(), ended: make(chan error, 1), polling: time.NewTicker(pollTime), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
 		return err
@@ -113,6 +113,8 @@ type keeper struct {
 	claim    *claim
 	services []*config.Service // in the order in which they count
 	own      uint64            // the agent's network namespace
+	shown    string            // the last line for the service manager
+	named    map[string]uint64 // what names of services stand for; looked up anew for each thing that is done
 	groups   map[loader.Key]*group
 	failures map[string]failure
 
@@ -124,6 +126,7 @@ type keeper struct {
 	inbox   *inbox
 	ended   chan error // of the watcher
 	door    *door.Door
+	polling *time.Ticker // stopped while the kernel tells
 	polled  map[uint64]*polled
 }
 
@@ -153,11 +156,12 @@ func (k *keeper) start(ctx context.Context) error {
 // loop works until the context ends.
 func (k *keeper) loop(ctx context.Context) {
 	defer k.close()
-	tick, sweep, poll, alive := time.NewTicker(tickTime), time.NewTicker(sweepTime), time.NewTicker(pollTime), watchdog()
-	for _, t := range []*time.Ticker{tick, sweep, poll, alive} {
+	tick, sweep, alive := time.NewTicker(tickTime), time.NewTicker(sweepTime), watchdog()
+	for _, t := range []*time.Ticker{tick, sweep, k.polling, alive} {
 		defer t.Stop()
 	}
 	for ctx.Err() == nil {
+		clear(k.named)
 		select {
 		case <-ctx.Done():
 		case <-k.inbox.wake:
@@ -168,10 +172,8 @@ func (k *keeper) loop(ctx context.Context) {
 			}
 		case <-sweep.C:
 			k.trySweep()
-		case <-poll.C:
-			if k.watcher == nil {
-				k.poll()
-			}
+		case <-k.polling.C:
+			k.poll()
 		case <-k.Reload:
 			k.reload()
 		case err := <-k.ended:
@@ -205,7 +207,10 @@ func (k *keeper) tick(ctx context.Context) (sweep bool) {
 	k.openDoors()
 	k.inbox.forget()
 	k.forgetFailures()
-	k.notify(k.statusLine())
+	if line := k.statusLine(); line != k.shown {
+		k.notify(line)
+		k.shown = line
+	}
 	return sweep
 }
 

@@ -32,6 +32,7 @@ func (k *keeper) watch(ctx context.Context) {
 		k.Log.Info("the kernel tells of new listeners again: polling ends")
 	}
 	k.watcher, k.missed, k.why = w, 0, ""
+	k.polling.Stop()
 	k.ended = make(chan error, 1)
 	k.fails("watch", nil)
 	k.fails("info", k.claim.say(k.info()))
@@ -53,6 +54,7 @@ func (k *keeper) unwatch(because error) {
 		return
 	}
 	k.why = because.Error()
+	k.polling.Reset(pollTime)
 	k.fails("watch", fmt.Errorf("polling for new listeners every %v: %w", pollTime, because))
 	k.fails("info", k.claim.say(k.info()))
 }

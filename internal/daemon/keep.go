@@ -62,8 +62,7 @@ func (k *keeper) service(key loader.Key) *config.Service {
 	return nil
 }
 
-// inNetNS tells whether a service is for a network namespace. A name may be of
-// another one than a moment ago, and so is looked up each time.
+// inNetNS tells whether a service is for a network namespace.
 func (k *keeper) inNetNS(s *config.Service, cookie uint64) bool {
 	switch s.NetNS {
 	case config.AllNetNS:
@@ -71,16 +70,20 @@ func (k *keeper) inNetNS(s *config.Service, cookie uint64) bool {
 	case "":
 		return cookie == k.own
 	}
-	ns, err := sockets.OpenNetNS(s.NetNS)
-	if errors.Is(err, sockets.ErrNoNetNS) {
-		return false // its container does not run now
+	named, known := k.named[s.NetNS]
+	if !known {
+		ns, err := sockets.OpenNetNS(s.NetNS)
+		if err == nil {
+			named = ns.Cookie()
+			ns.Close()
+		}
+		if errors.Is(err, sockets.ErrNoNetNS) {
+			err = nil // its container does not run now
+		}
+		k.fails("netns "+s.NetNS, err)
+		k.named[s.NetNS] = named
 	}
-	k.fails("netns "+s.NetNS, err)
-	if err != nil {
-		return false
-	}
-	defer ns.Close()
-	return ns.Cookie() == cookie
+	return named == cookie
 }
 
 // adopt makes a group of a live socket that has no SO_REUSEPORT.

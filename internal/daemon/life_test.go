@@ -361,8 +361,8 @@ func TestNotify(t *testing.T) {
 	hears := func(what string) {
 		t.Helper()
 		buf := make([]byte, 4096)
+		manager.SetReadDeadline(time.Now().Add(10 * time.Second))
 		for {
-			manager.SetReadDeadline(time.Now().Add(10 * time.Second))
 			n, err := manager.Read(buf)
 			if err != nil {
 				t.Fatalf("%v, want %q, heard %q", err, what, heard)
@@ -379,14 +379,18 @@ func TestNotify(t *testing.T) {
 	if slices.Contains(heard, "WATCHDOG=1") {
 		t.Error("the watchdog was told before the agent was ready")
 	}
+	if !slices.Contains(heard, "STATUS=0 groups, 1 services") {
+		t.Errorf("heard %q", heard)
+	}
 	hears("WATCHDOG=1")
-	hears("STATUS=")
 	a.reload <- unix.SIGHUP
 	hears("RELOADING=1")
 	if !slices.ContainsFunc(heard, func(l string) bool { return strings.HasPrefix(l, "MONOTONIC_USEC=") }) {
 		t.Errorf("heard %q", heard)
 	}
 	hears("READY=1")
+	testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
+	hears("STATUS=1 groups, 1 services")
 	a.stop()
 	hears("STOPPING=1")
 }
