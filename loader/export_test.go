@@ -77,6 +77,17 @@ func (g *Group) WaitUntil(left uint32) error {
 	return err
 }
 
+// AnotherProcess makes a slot's record that of an earlier process with that pid.
+func (g *Group) AnotherProcess(slot uint32) error {
+	records, err := g.state.listeners.Records()
+	if err != nil {
+		return err
+	}
+	record := records[slot]
+	record.Started--
+	return g.state.listeners.Record(slot, record)
+}
+
 // RecordWeight is as far as a SetWeight comes that is killed.
 func (g *Group) RecordWeight(slot uint32, weight uint32) error {
 	records, err := g.state.listeners.Records()

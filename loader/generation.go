@@ -110,27 +110,37 @@ func (s *state) generationOf(p process, r *roll, boot uint64) uint32 {
 		return generation
 	}
 	b := s.newest()
-	alive := 0
-	for slot, record := range r.records {
-		if record.Generation == b.generation && r.cookies[slot] != 0 && s.listeners.State(slot) != maps.SlotDraining {
-			alive++
-		}
-	}
-	return b.admit(alive, boot)
+	return b.admit(s.members(r, b.generation), boot)
 }
 
-// enroll notes that a listener of a generation has joined. The number comes
-// last: without it repair does this again.
-func (s *state) enroll(generation uint32, boot uint64) {
-	v, b := s.config.Values(), s.newest()
-	if generation == b.generation && b.left(boot) > 0 || generation > b.generation {
-		v.Joined = boot
+// members counts the listeners of a generation that live and do not drain, those
+// without a share yet included.
+func (s *state) members(r *roll, generation uint32) (n int) {
+	for slot, record := range r.records {
+		if record.Generation == generation && r.cookies[slot] != 0 && s.listeners.State(slot) != maps.SlotDraining {
+			n++
+		}
 	}
-	if generation > b.generation {
+	return n
+}
+
+// enroll notes that a listener of a generation has joined. The first one begins
+// it: also again, when all others have gone, so that as many may come back as
+// will. The number comes last: without it repair does this again.
+func (s *state) enroll(generation uint32, r *roll, boot uint64) {
+	v, b := s.config.Values(), s.newest()
+	if generation < b.generation {
+		return
+	}
+	first := generation > b.generation || s.members(r, generation) == 1
+	if first || b.left(boot) > 0 {
+		v.Joined = boot
 		fault.Point("generation dated")
+	}
+	if first {
 		v.Members = 0
 		v.Generation = generation
-		fault.Point("generation opened")
+		fault.Point("generation begun")
 	}
 }
 
@@ -184,7 +194,7 @@ func (s *state) turn(now uint32, r *roll, joining ...uint32) {
 	what, _ := s.config.Waiting(now)
 	active := s.active(r)
 	before := latest(active)
-	serving, over := s.serving(what, active)
+	serving, _ := s.serving(what, active)
 	v.Serving = serving
 	for _, slot := range joining {
 		generation, state := r.records[slot].Generation, s.listeners.State(slot)
@@ -201,7 +211,9 @@ func (s *state) turn(now uint32, r *roll, joining ...uint32) {
 		fault.Point("turn begun")
 		return
 	}
-	if v.Serving, over = s.serving(what, active); over {
+	serving, over := s.serving(what, active)
+	v.Serving = serving
+	if over {
 		s.config.Wait(maps.NotWaiting, now, now)
 		fault.Point("turn ended")
 	}

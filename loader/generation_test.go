@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -255,6 +256,35 @@ func TestRestartOneOfEight(t *testing.T) {
 	}
 }
 
+// All of the newest died, and more than there were are started: they are one
+// generation, and so is a group of which nobody was left. The control is one that
+// lives, whose generation lacks just one.
+func TestRestartAll(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		kill       int // of two
+		generation map[int]int
+		fresh      string
+	}{
+		{"all", 2, map[int]int{1: 4}, "b0 b1 b2 b3"},
+		{"one", 1, map[int]int{1: 2, 2: 3}, "b1 b2 b3"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFleet(t)
+			a := f.start("a", 2)
+			f.attach(newest)
+			f.later()
+			for _, name := range []string{"a0", "a1"}[:c.kill] {
+				a[name].Kill()
+			}
+			f.start("b", 4)
+			f.attach(loader.Options{Settle: -1})
+			f.want("started again", c.generation)
+			f.fresh("started again", strings.Fields(c.fresh)...)
+		})
+	}
+}
+
 // Three generations overlap. When the newest is gone the one before serves, and
 // who comes back to the newest waits for the others, as at first.
 func TestThreeGenerations(t *testing.T) {
@@ -301,9 +331,38 @@ func TestThreeGenerations(t *testing.T) {
 	}
 }
 
+// A process is told from an earlier one with the same pid by when it started. The
+// control is the process itself.
+func TestPIDReused(t *testing.T) {
+	for _, reused := range []bool{true, false} {
+		t.Run(fmt.Sprint("reused ", reused), func(t *testing.T) {
+			f := newFleet(t)
+			one := testnet.StartGroup(t, f.ns, 1, testnet.ServerOptions{Network: "udp4", Addr: fleetAddr, ReusePort: true, Name: "a"})
+			f.attach(newest)
+			f.later()
+			f.start("b", 1)
+			f.attach(loader.Options{})
+			f.later()
+			slot := slotOf(t, f.group, one.PID())
+			one.Close(0)
+			if reused {
+				f.try(f.group.AnotherProcess(uint32(slot)))
+			}
+			one.Add()
+			f.attach(loader.Options{})
+			if reused {
+				f.want("reused", map[int]int{2: 1, 3: 1})
+				f.fresh("reused", "a1")
+			} else {
+				f.want("the same", map[int]int{1: 1, 2: 1})
+				f.fresh("the same", "b0")
+			}
+		})
+	}
+}
+
 // A process keeps its generation when it binds again, also after a new one took
-// over, and has one with all its sockets. It is told from another with its pid by
-// when it started, which a new process cannot have.
+// over, and has one with all its sockets.
 func TestGenerationsBelongToProcesses(t *testing.T) {
 	f := newFleet(t)
 	o := testnet.ServerOptions{Network: "udp4", Addr: fleetAddr, ReusePort: true, Name: "a"}

@@ -26,7 +26,6 @@ type Group struct {
 	joined  []int
 	swept   atomic.Int64 // the bucket where the next sweep begins
 	sweptAt atomic.Pointer[time.Time]
-	dir     os.FileInfo // of the state, if Open opened it
 	closed  sync.Once
 
 	mu  sync.Mutex
@@ -48,13 +47,11 @@ func (fs FS) Open(key Key) (*Group, error) {
 		}
 		key.NetNS = own
 	}
-	// If it is replaced between the two, the handle is not current.
-	dir, _ := os.Stat(fs.groupDir(key))
 	s, err := fs.open(key)
 	if err != nil {
 		return nil, err
 	}
-	return &Group{fs: fs, key: key, state: s, dir: dir}, nil
+	return &Group{fs: fs, key: key, state: s}, nil
 }
 
 // Close gives back the group's descriptors and memory. The kernel keeps

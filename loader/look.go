@@ -28,14 +28,25 @@ func (g *Group) Slots() (map[uint64]int, error) {
 // that sockets.Find gave.
 func (g *Group) Picks(live sockets.Group) bool {
 	now, err := g.current()
-	return err == nil && live.HasProgram && ours(live.Program, now.state.RpselSelect)
+	if err != nil {
+		return false
+	}
+	attached, err := now.state.attached(live)
+	return err == nil && attached
 }
 
-// Current reports whether the state is still the one that Open opened: the group
-// may have been detached since, and attached anew, or upgraded.
+// Current reports whether the state is still the one that was opened: the group
+// may have been detached since, and attached anew, or upgraded. A handle that is
+// not current is as good as another, but keeps what it has left behind.
 func (g *Group) Current() bool {
-	now, err := os.Stat(g.fs.groupDir(g.key))
-	return err == nil && g.dir != nil && os.SameFile(g.dir, now)
+	dir, err := g.fs.inForce(g.key)
+	if err != nil {
+		return false
+	}
+	now, err := os.Stat(dir)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return err == nil && len(g.old) == 0 && os.SameFile(g.state.dir, now)
 }
 
 // MakeMount mounts the bpffs if it is missing, as Attach does.

@@ -91,11 +91,14 @@ func TestAtTheSameTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	change := func() error {
-		g, err := root.Attach(conn, loader.Options{Flows: 64})
+		g, err := root.Attach(conn, loader.Options{})
 		if err != nil {
 			return err
 		}
 		g.Close()
+		if _, err := root.Upgrade(key, loader.UpgradeOptions{Flows: 128}); err != nil && !errors.Is(err, loader.ErrNotAttached) {
+			return err
+		}
 		_, err = root.Detach(key)
 		return err
 	}

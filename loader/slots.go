@@ -158,7 +158,7 @@ func (s *state) repair(now uint32) (findings, error) {
 		if err != nil {
 			return f, err
 		}
-		s.enroll(f.opened, boot)
+		s.enroll(f.opened, r, boot)
 		// If its listeners are active already, it is of before layout 2.
 		s.config.Values().Members = uint32(s.active(r)[f.opened])
 	}
@@ -241,7 +241,7 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 	if err == nil {
 		r.records[slot], r.cookies[slot] = record, m.Cookie
 		fault.Point("socket in slot")
-		s.enroll(generation, boot)
+		s.enroll(generation, r, boot)
 		return slot, nil
 	}
 	delete(r.records, slot)

@@ -244,9 +244,12 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 // loadError says what a refusal to load means. Without CAP_BPF the library
 // speaks of MEMLOCK.
 func loadError(err error) error {
+	// Without CAP_PERFMON the verifier refuses to let the program spill what it
+	// takes for pointers.
+	needs := []capability.Capability{capability.BPF, capability.Perfmon}
 	switch {
-	case errors.Is(err, unix.EPERM):
-		return capability.Denied("load the selection program", capability.BPF)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && len(capability.Missing(needs...)) > 0:
+		return capability.Denied("load the selection program", needs...)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("load the selection program: %w: Linux 5.14 or later is needed: %w", ErrUnsupported, err)
 	default:

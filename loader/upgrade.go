@@ -224,7 +224,9 @@ func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, mad
 		*s.config.Values() = config
 	}
 	if p.layout == 1 {
-		err = s.listeners.Read1(p.Live, p.SelectMaps.Listeners)
+		var active int
+		active, err = s.listeners.Read1(p.Live, p.SelectMaps.Listeners)
+		s.config.Values().Members = uint32(active)
 	}
 	if err != nil {
 		s.close()

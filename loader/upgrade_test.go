@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -397,6 +398,69 @@ func TestHandleFollows(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A handle may be used from all sides while its group is upgraded, and what it
+// tells is right all the while.
+func TestHandleFollowsUnderWay(t *testing.T) {
+	ns, root := testnet.New(t), testnet.BPFFS(t)
+	testnet.StartGroup(t, ns, 3, udpServer)
+	g := attach(t, loader.FS(root), ns, loader.Options{Flows: 1000, Settle: -1})
+	testnet.NewClients(t, ns, 200, "127.0.0.1:1194").Ask()
+	upgraded, changed := make(chan struct{}), make(chan struct{}, 1)
+	var using sync.WaitGroup
+	for name, use := range map[string]func() error{
+		"status": func() error {
+			s, err := g.Status()
+			if err == nil && (!s.Attached || s.Tracked != 200 || len(s.Listeners) != 3 || s.Counters.New != 200) {
+				err = fmt.Errorf("%+v", s)
+			}
+			return err
+		},
+		"flows": func() error {
+			n := 0
+			for _, err := range g.Flows() {
+				if err != nil {
+					return err
+				}
+				n++
+			}
+			if n != 200 {
+				return fmt.Errorf("%d flows", n)
+			}
+			return nil
+		},
+		"change": func() error {
+			err := errors.Join(g.Drain(1), g.Resume(1))
+			select {
+			case changed <- struct{}{}:
+			default:
+			}
+			return err
+		},
+		"housekeep": func() error { _, err := g.Housekeep(); return err },
+	} {
+		using.Go(func() {
+			for {
+				select {
+				case <-upgraded:
+					return
+				default:
+				}
+				if err := use(); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+		})
+	}
+	for i := range 6 {
+		if _, err := loader.FS(root).Upgrade(g.Key(), loader.UpgradeOptions{Flows: 1000 + 100*(i%2)}); err != nil {
+			t.Error(err)
+		}
+		<-changed // flock(2) is not fair: the change has its turn
+	}
+	close(upgraded)
+	using.Wait()
 }
 
 // memberAt borrows a socket by its place in the kernel's order.

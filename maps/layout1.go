@@ -1,6 +1,7 @@
 package maps
 
 import (
+	"math/bits"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
@@ -55,20 +56,23 @@ func ReadConfig1(m *ebpf.Map) (bpf.SelectConfig, error) {
 		Idle: v.Idle, IdleNew: v.IdleNew,
 		Policy: v.Policy, Affinity: v.Affinity, Confirm: v.Confirm,
 		Capacity: v.Capacity, Attached: v.Attached, ClockMult: v.ClockMult,
+		Generation: 1, Serving: 1, // there was but one
 	}, nil
 }
 
 // Read1 takes over who is live and who is in which slot from the maps of layout
-// 1. Their program may run meanwhile, but nobody else may change them.
-func (l *Listeners) Read1(live, records *ebpf.Map) error {
+// 1, and returns how many are active. Their program may run meanwhile, but nobody
+// else may change them.
+func (l *Listeners) Read1(live, records *ebpf.Map) (active int, err error) {
 	old, err := mapArray[Live1](live)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer old.Close()
 	for i := range old.values {
 		ranks := &l.live.values[i].Ranks
 		ranks[RankFirst] = atomic.LoadUint64(&old.values[i].Active)
+		active += bits.OnesCount64(ranks[RankFirst])
 		ranks[RankDraining] = atomic.LoadUint64(&old.values[i].Draining)
 	}
 	var slot uint32
@@ -80,8 +84,8 @@ func (l *Listeners) Read1(live, records *ebpf.Map) error {
 			Pid: r.Pid, Joined: r.Joined, Died: r.Died, Dead: r.Dead, Command: r.Command,
 		})
 		if err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return entries.Err()
+	return active, entries.Err()
 }

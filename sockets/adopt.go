@@ -56,7 +56,8 @@ const AdoptProgram = "rpsel_adopt"
 // Adopt fails with the errors of Socket.Check for a socket that can be in no
 // group, and with ErrPermission without CAP_BPF and CAP_PERFMON, CAP_CHOWN (a
 // socket of another user), CAP_NET_BIND_SERVICE (a port below 1024),
-// CAP_NET_ADMIN and CAP_SYS_ADMIN (another network namespace). With
+// CAP_NET_ADMIN (TCP), CAP_NET_ADMIN and CAP_SYS_ADMIN (another network
+// namespace). With
 // CAP_SYS_NICE it keeps the scheduler from making the microsecond longer.
 func Adopt(conn syscall.Conn) (Adoption, error) {
 	var a Adoption
@@ -293,7 +294,12 @@ func newHelper(fd int, key Key) (_ int, err error) {
 	// that nobody accepts would be reset; and refusals are counted.
 	filter := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	if err := unix.SetsockoptSockFprog(helper, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
+	err = unix.SetsockoptSockFprog(helper, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog)
+	if errors.Is(err, unix.EPERM) {
+		// Of a TCP socket, seen on Linux 6.18.44.
+		return -1, capability.Denied("refuse packets beside it", capability.NetAdmin)
+	}
+	if err != nil {
 		return -1, os.NewSyscallError("setsockopt SO_ATTACH_FILTER", err)
 	}
 	return helper, nil

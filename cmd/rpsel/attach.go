@@ -43,7 +43,7 @@ attached before it are detached again.`,
   rpsel attach --port 1194 --flows 1000000 --idle 10m
   rpsel attach --port 1194 --policy newest
   rpsel attach --port 1194 --generation new
-  rpsel attach --port 4433 --owner www-data`,
+  rpsel attach --port 4433 --owner nobody`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.needPort(cmd); err != nil {

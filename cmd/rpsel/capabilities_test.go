@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -304,18 +305,23 @@ var capTrials = map[string]capTrial{
 		w.unprivilegedPorts(1024)
 		return []string{"attach", "--port", "53", "--adopt", "--bpffs", w.bpffs}
 	}),
+	"attach --adopt --proto tcp": line(func(w *capWorld) []string {
+		testnet.StartServer(w.t, w.ns, testnet.ServerOptions{Network: "tcp4", Addr: "127.0.0.1:4433", UID: capServer})
+		return []string{"attach", "--port", "4433", "--proto", "tcp", "--adopt", "--bpffs", w.bpffs}
+	}),
 	"attach --adopt -N": line(func(w *capWorld) []string {
 		w.serve("127.0.0.1:1194", lone)
 		return []string{"attach", "--port", "1194", "--adopt", "--bpffs", w.bpffs, "-N", w.outside()}
 	}),
-	"detach": attached("detach", "--port", "1194"),
-	"status": attached("status"),
-	"flows":  attached("flows", "--port", "1194"),
-	"why":    attached("why", "127.0.0.1"),
-	"drain":  attached("drain", "--port", "1194", "--slot", "0"),
-	"resume": attached("resume", "--port", "1194", "--slot", "0"),
-	"weight": attached("weight", "--port", "1194", "--slot", "0", "2"),
-	"flush":  attached("flush", "--port", "1194", "--all"),
+	"detach":  attached("detach", "--port", "1194"),
+	"upgrade": attached("upgrade", "--flows", "1000"),
+	"status":  attached("status"),
+	"flows":   attached("flows", "--port", "1194"),
+	"why":     attached("why", "127.0.0.1"),
+	"drain":   attached("drain", "--port", "1194", "--slot", "0"),
+	"resume":  attached("resume", "--port", "1194", "--slot", "0"),
+	"weight":  attached("weight", "--port", "1194", "--slot", "0", "2"),
+	"flush":   attached("flush", "--port", "1194", "--all"),
 	"run": line(func(w *capWorld) []string {
 		w.ownCgroup()
 		return []string{"run", "--port", "1194", "--", "true"}
@@ -417,6 +423,39 @@ func newCapWorld(t *testing.T, built string, uid int) *capWorld {
 	})
 	w.own()
 	return w
+}
+
+// free lists the commands that need no capability.
+var free = []string{"check", "version", "completion", "help"}
+
+// Every command is in the table, or does without.
+func TestCapabilitiesAreListed(t *testing.T) {
+	for _, cmd := range newRootCmd(&env{}).Commands() {
+		listed := func(n capability.Need) bool { return n.Command == cmd.Name() }
+		if !cmd.Hidden && slices.ContainsFunc(capability.Needs, listed) == slices.Contains(free, cmd.Name()) {
+			t.Errorf("does %s need a capability?", cmd.Name())
+		}
+	}
+}
+
+// What needs no capability works without any. check says what is missing.
+func TestNoCapability(t *testing.T) {
+	testnet.Privileged(t)
+	w := newCapWorld(t, buildRpsel(t), capCaller)
+	for _, args := range [][]string{{"version"}, {"completion", "bash"}, {"help"}} {
+		if code, out, talk := w.run(nil, args...); code != exitDone || out == "" {
+			t.Errorf("%v: exit code %d, stdout %q, stderr %q", args, code, out, talk)
+		}
+	}
+	code, out, talk := w.run(nil, "check", "--bpffs", w.bpffs)
+	if code != exitPermission {
+		t.Errorf("check: exit code %d, stderr %q", code, talk)
+	}
+	for _, c := range capability.All {
+		if !regexp.MustCompile(`(?m)^` + c.Name + ` +missing  ` + regexp.QuoteMeta(c.Commands()[0])).MatchString(out) {
+			t.Errorf("check does not say that %s is missing: %s", c.Name, out)
+		}
+	}
 }
 
 // Each command works with the capabilities that are listed, as root and as

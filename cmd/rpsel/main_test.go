@@ -70,7 +70,10 @@ func TestUsage(t *testing.T) {
 		{"attach --port 1 --owner rpsel-nobody", `--owner "rpsel-nobody": use a user's name or number, or none`},
 		{"attach --port 1 --owner -1", `--owner "-1": use a user's name or number, or none`},
 		{"attach --port 1 --owner 4294967295", `--owner "4294967295": use a user's name or number, or none`},
-		{"attach --port 1 --policy hash", "unknown flag: --policy"},
+		{"attach --port 1 --policy lottery", `--policy "lottery": use hash or newest`},
+		{"attach --port 1 --policy=", `--policy "": use hash or newest`},
+		{"attach --port 1 --generation 2", `--generation "2": use auto or new`},
+		{"attach --port 1 --color red", "unknown flag: --color"},
 		{"attach --port 1 -x", "unknown shorthand flag: 'x' in -x"},
 		{"attach --port 1 -q -v", "--quiet and --verbose: use one of them"},
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
@@ -323,6 +325,35 @@ func TestRegisterByCookie(t *testing.T) {
 	for _, l := range status.Listeners {
 		if l.PID != servers.PID() {
 			t.Errorf("slot %d: process %d, want %d", l.Slot, l.PID, servers.PID())
+		}
+	}
+}
+
+// The reaper on a group of an older rpsel: it says what there is to do. After that
+// the next one registers.
+func TestRegisterOlder(t *testing.T) {
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	servers := testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	key := layout1.Attach(t, bpffs, ns, 1194, layout1.Options{Flows: 1000})[0]
+	servers.Add()
+	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
+	if err != nil {
+		t.Fatal(err)
+	}
+	event := watch.Event{Proto: sockets.UDP, Addr: servers.Addr, Cookie: groups[0].Members[2].Cookie, NetNS: ns.Cookie(), PID: servers.PID()}
+	for _, want := range []string{`: "rpsel upgrade" brings it up to date`, ""} {
+		told := 0
+		registerAll(loader.FS(bpffs), []watch.Event{event}, func(_ watch.Event, slot int, err error) {
+			told++
+			if want != "" && (!errors.Is(err, loader.ErrOlder) || !strings.HasSuffix(err.Error(), want)) || want == "" && (err != nil || slot != 2) {
+				t.Errorf("slot %d, %v, want %q", slot, err, want)
+			}
+		})
+		if told != 1 {
+			t.Errorf("told %d times", told)
+		}
+		if code, _, talk := rpsel("upgrade", "--bpffs", bpffs, "-N", ns.Path()); code != exitDone {
+			t.Fatalf("%v: %s", key, talk)
 		}
 	}
 }

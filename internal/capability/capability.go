@@ -27,7 +27,7 @@ var (
 	BPF      = Capability{"CAP_BPF", unix.CAP_BPF, "loads programs, makes maps"}
 	Perfmon  = Capability{"CAP_PERFMON", unix.CAP_PERFMON, "reads groups, sockets and names out of the kernel"}
 	Ptrace   = Capability{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, "borrows sockets from processes of other users"}
-	NetAdmin = Capability{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attaches programs to cgroups, opens a socket's network namespace"}
+	NetAdmin = Capability{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attaches programs to cgroups, opens a socket's network namespace, filters a TCP socket"}
 	SysAdmin = Capability{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, "mounts a bpffs, enters other namespaces"}
 	Chown    = Capability{"CAP_CHOWN", unix.CAP_CHOWN, "gives a socket to the user it is for"}
 	NetBind  = Capability{"CAP_NET_BIND_SERVICE", unix.CAP_NET_BIND_SERVICE, "binds to a port below 1024"}
@@ -58,8 +58,10 @@ var Needs = []Need{
 	{"attach, where no bpffs is mounted", []Capability{Ptrace, SysAdmin}},
 	{"attach --adopt", []Capability{BPF, Perfmon, Ptrace, Chown}},
 	{"attach --adopt below port 1024", []Capability{BPF, Perfmon, Ptrace, Chown, NetBind}},
+	{"attach --adopt --proto tcp", []Capability{BPF, Perfmon, Ptrace, NetAdmin, Chown}},
 	{"attach --adopt -N", []Capability{Ptrace, NetAdmin, SysAdmin, Chown}},
 	{"detach", []Capability{BPF, Perfmon, Ptrace}},
+	{"upgrade", []Capability{BPF, Perfmon, Ptrace}},
 	{"status", []Capability{BPF, Perfmon}},
 	{"flows", []Capability{BPF, Perfmon}},
 	{"why", []Capability{BPF, Perfmon}},

@@ -612,7 +612,7 @@ func TestSurroundings(t *testing.T) {
 		{"read-only", "--mount", "mount -o remount,bind,ro CGROUP2", "cgroup2 is mounted read-only: remount it"},
 		{"a cgroup namespace", "--cgroup", "true", "cgroup is not visible in any cgroup2 mount of this cgroup namespace"},
 		{"a cgroup namespace and its mount", "--mount --cgroup", "mount -t cgroup2 none /mnt", ""},
-		{"no capability", "", "", "permission denied without CAP_BPF and CAP_NET_ADMIN: run as root"},
+		{"no capability", "", "", "permission denied without CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN: run as root"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t)
