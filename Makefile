@@ -21,6 +21,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # What each kind of work needs: a command that must be there = the package it is in.
 BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
+               systemd-analyze=systemd unshare=util-linux \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
 LINT_NEEDS  := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
 

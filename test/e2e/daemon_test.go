@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -95,6 +96,13 @@ func (d *daemon) awaitEnd(t testing.TB) string {
 		t.Fatalf("%s runs on", d.name)
 	}
 	return d.log.String()
+}
+
+func (d *daemon) signal(t testing.TB, signal os.Signal) {
+	t.Helper()
+	if err := d.cmd.Process.Signal(signal); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // kill sends SIGKILL and returns when the process is gone.

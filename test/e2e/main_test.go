@@ -5,11 +5,14 @@ package e2e
 import (
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -18,6 +21,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// Laboratories wait for most of their time: one per CPU is too few.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	if err := os.RemoveAll(buildDir); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -47,6 +55,7 @@ type rpsel struct {
 	ns    *testnet.NetNS
 	bpffs string
 	port  int
+	box   *box // where the command is run, nil for the machine
 }
 
 // newRpsel builds the command.
@@ -56,7 +65,7 @@ func newRpsel(t testing.TB, ns *testnet.NetNS, port int) *rpsel {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &rpsel{t, path, ns, testnet.BPFFS(t), port}
+	return &rpsel{t: t, path: path, ns: ns, bpffs: testnet.BPFFS(t), port: port}
 }
 
 func (r *rpsel) args(verb string, args ...string) []string {
@@ -69,8 +78,31 @@ func (r *rpsel) run() []string {
 	return append([]string{r.path}, r.args("run", "--")...)
 }
 
+// share is run for tests of the agent: what "rpsel run" itself would register
+// it looks for in a place without state.
+func (r *rpsel) share() []string {
+	return []string{r.path, "run", "--port", strconv.Itoa(r.port), "--bpffs", r.t.TempDir(), "--"}
+}
+
+// agent starts "rpsel agent" in the namespace, with the port as its service and
+// further lines for that, and returns when it is ready.
+func (r *rpsel) agent(lines ...string) *daemon {
+	r.t.Helper()
+	file := filepath.Join(r.t.TempDir(), "rpsel.toml")
+	text := fmt.Sprintf("[[service]]\nport = %d\n%s\n", r.port, strings.Join(lines, "\n"))
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	d := startDaemon(r.t, r.ns, "agent", r.path, "agent", "--bpffs", r.bpffs, "--config", file)
+	d.await(r.t, "msg=ready")
+	return d
+}
+
 // outside is a command that speaks of the namespace from outside.
 func (r *rpsel) outside(verb string, args ...string) *exec.Cmd {
+	if r.box != nil {
+		return r.box.command(append([]string{"rpsel", verb, "--port", strconv.Itoa(r.port)}, args...)...)
+	}
 	return exec.Command(r.path, r.args(verb, append([]string{"-N", r.ns.Path()}, args...)...)...)
 }
 
@@ -89,12 +121,21 @@ func (r *rpsel) attach(args ...string) {
 type status struct {
 	Groups []struct {
 		SettlingSeconds int `json:"settling_seconds"`
-		Listeners       []struct {
-			PID   int
-			State string
-		}
+		Listeners       []listener
 	}
 }
+
+type listener struct {
+	PID    int
+	State  string
+	Cookie uint64
+}
+
+// What the command's exit codes say.
+const (
+	notThere = 3
+	timedOut = 6
+)
 
 // await returns when the status has a property. It fails the test if it has
 // not for half a minute.
@@ -103,15 +144,17 @@ func (r *rpsel) await(what string, property func(status) bool) {
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
 		cmd := r.outside("status", "--json")
 		out, err := cmd.Output()
-		if err != nil {
+		if err != nil && cmd.ProcessState.ExitCode() != notThere {
 			r.t.Fatalf("%s: %v", cmd, err)
 		}
-		var s status
-		if err := json.Unmarshal(out, &s); err != nil {
-			r.t.Fatalf("%s: %v\n%s", cmd, err, out)
-		}
-		if property(s) {
-			return
+		if err == nil {
+			var s status
+			if err := json.Unmarshal(out, &s); err != nil {
+				r.t.Fatalf("%s: %v\n%s", cmd, err, out)
+			}
+			if property(s) {
+				return
+			}
 		}
 		time.Sleep(100 * time.Millisecond) // nothing tells of a change
 	}
@@ -131,19 +174,23 @@ func (r *rpsel) awaitSettled() {
 	})
 }
 
-// awaitActive returns when a process has an active listener.
-func (r *rpsel) awaitActive(pid int) {
+// awaitActive returns a process's active listener when it has one, other than
+// those before.
+func (r *rpsel) awaitActive(pid int, before ...listener) (active listener) {
 	r.t.Helper()
 	r.await(fmt.Sprintf("pid %d active", pid), func(s status) bool {
 		for _, g := range s.Groups {
 			for _, l := range g.Listeners {
-				if l.PID == pid && l.State == "active" {
+				old := slices.ContainsFunc(before, func(b listener) bool { return b.Cookie == l.Cookie })
+				if l.PID == pid && l.State == "active" && !old {
+					active = l
 					return true
 				}
 			}
 		}
 		return false
 	})
+	return active
 }
 
 // explain shows the port's state if the test has failed. To be deferred, or

@@ -29,6 +29,7 @@ type vpn struct {
 	dir     string
 	pki     *pki
 	servers *testnet.NetNS
+	options map[int]string // further lines of a server's configuration
 	clients []*client
 }
 
@@ -42,7 +43,7 @@ type client struct {
 func newVPN(t testing.TB) *vpn {
 	t.Helper()
 	testnet.Privileged(t)
-	v := &vpn{t: t, openvpn: need(t, "openvpn"), dir: t.TempDir(), pki: newPKI(t)}
+	v := &vpn{t: t, openvpn: need(t, "openvpn"), dir: t.TempDir(), pki: newPKI(t), options: map[int]string{}}
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 		(&testnet.Unavailable{What: "tun devices", Err: err}).Skip(t)
@@ -98,7 +99,15 @@ func (v *vpn) startServer(n int, wrap ...string) *daemon {
 func (v *vpn) launchServer(n int, wrap ...string) *daemon {
 	v.t.Helper()
 	name := fmt.Sprint("s", n)
-	config := v.config(name, fmt.Sprintf(`
+	config := v.config(name, v.serverConfig(n))
+	return startDaemon(v.t, v.servers, name, append(slices.Clone(wrap), v.openvpn, "--config", config)...)
+}
+
+// serverConfig is the configuration of server n.
+func (v *vpn) serverConfig(n int) string {
+	v.t.Helper()
+	name := fmt.Sprint("s", n)
+	return fmt.Sprintf(`
 proto udp
 port %d
 dev-type tun
@@ -109,8 +118,8 @@ keepalive 2 10
 dh none
 setenv opt disable-dco
 verb 3
-`, vpnPort, name, n)+v.pki.server(v.t, name))
-	return startDaemon(v.t, v.servers, name, append(slices.Clone(wrap), v.openvpn, "--config", config)...)
+%s
+`, vpnPort, name, n, v.options[n]) + v.pki.server(v.t, name)
 }
 
 // connect starts clients together and returns them when all have a server that
@@ -183,20 +192,33 @@ func shares(clients []*client) map[int]int {
 }
 
 // awaitBack returns the first round from now on in which each of the clients has
-// an answer from another server than its first. It fails the test after a minute.
-func (v *vpn) awaitBack(clients []*client) (round int) {
+// an answer, after it had none in a round since. It fails the test after a
+// minute.
+func (v *vpn) awaitBack(clients []*client, since int) (round int) {
 	v.t.Helper()
 	from := v.round()
 	for round := from; round < from+60; round++ {
 		v.finish(round)
 		away := slices.DeleteFunc(slices.Clone(clients), func(c *client) bool {
-			server := v.at(c.name, round)
-			return server != 0 && server != c.first
+			return v.at(c.name, round) != 0 && v.lost(c.name, since, round) > 0
 		})
 		if len(away) == 0 {
 			return round
 		}
 	}
-	v.t.Fatal("the clients of the killed server did not come back")
+	for _, c := range clients {
+		v.t.Logf("%s on server %d lost %d probes", c.name, c.first, v.lost(c.name, since, from+60))
+	}
+	v.t.Fatal("not all clients lost their server and came back")
 	return 0
+}
+
+// lostNone fails the test for each client that lost a probe in [from, to).
+func (v *vpn) lostNone(what string, clients []*client, from, to int) {
+	v.t.Helper()
+	for _, c := range clients {
+		if n := v.lost(c.name, from, to); n > 0 {
+			v.t.Errorf("%s: %s on server %d lost %d probes of %d", what, c.name, c.first, n, to-from)
+		}
+	}
 }
