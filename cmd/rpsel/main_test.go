@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/internal/demo"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
@@ -276,8 +277,12 @@ func TestStatusTalk(t *testing.T) {
 	status := example()
 	status.AllDraining, status.Attached = true, false
 	var out, talk bytes.Buffer
-	if err := (&scope{}).printStatus(&env{out: &out, err: &talk}, []loader.Status{status}, false, false); err != nil {
+	s := &scope{agent: &daemon.Info{PID: 4711, Mode: daemon.Polling, Reason: "cgroup2 is not mounted"}}
+	if err := s.printStatus(&env{out: &out, err: &talk}, []loader.Status{status}, false, false); err != nil {
 		t.Fatal(err)
+	}
+	if want := "warning: the agent (pid 4711) polls for new listeners: cgroup2 is not mounted\n"; !strings.Contains(talk.String(), want) {
+		t.Errorf("stderr %q, want %q", talk.String(), want)
 	}
 	for _, want := range []string{"every listener drains", "its program is not attached"} {
 		if !strings.Contains(talk.String(), "warning: udp 0.0.0.0:1194: "+want) {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/internal/owner"
@@ -51,12 +52,19 @@ const grace = time.Second
 // Run keeps the groups of a BPF file system until the context ends, which is no
 // error. It leaves everything as it is then: traffic goes on.
 //
-// Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file),
-// loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
+// Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file, the cgroup),
+// cgroup.ErrNotCgroup2, loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
 func Run(ctx context.Context, o Options) error {
 	services, err := load(o)
 	if err != nil {
 		return err
+	}
+	if o.Cgroup != "" {
+		dir, err := cgroup.Open(o.Cgroup)
+		if err != nil {
+			return err // a mistake, and no reason to poll
+		}
+		dir.Close()
 	}
 	if err := o.FS.MakeMount(); err != nil {
 		return err
@@ -133,7 +141,9 @@ type keeper struct {
 // start does what has to be done before the agent is ready. An error means that
 // it cannot work here.
 func (k *keeper) start(ctx context.Context) error {
-	k.claim.say(k.info())
+	if err := k.claim.say(k.info()); err != nil {
+		return fmt.Errorf("write to the run directory: %w", err)
+	}
 	if err := k.recover(); err != nil {
 		return err
 	}

@@ -83,6 +83,17 @@ var _ door.Handler = Groups{}
 func (o Groups) Register(p door.Peer, conn syscall.Conn) (slot int, err error) {
 	err = o.with(p, conn, func(g *loader.Group) error {
 		slot, err = g.Register(client{conn, p})
+		if !errors.Is(err, loader.ErrNotAttached) {
+			return err
+		}
+		// The first socket after the group's last had closed, and the program with
+		// it: the agent, that would attach it again, may not see it.
+		again, err := o.FS.Attach(client{conn, p}, loader.Options{})
+		if err != nil {
+			return err
+		}
+		defer again.Close()
+		slot, err = again.Register(client{conn, p})
 		return err
 	})
 	return slot, err
