@@ -49,10 +49,10 @@ test: ## all tests on this kernel, real OpenVPN among them
 	$(GO) test -count=1 -timeout=20m ./...
 
 .PHONY: soak
-soak: ## the stress test for ten minutes
+soak: ## the stress tests and the chaos test for ten minutes each
 	@$(call root,soak)
 	@$(call need,$(TEST_NEEDS))
-	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=30m -v ./test/stress
+	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=60m -p=1 -v ./test/stress ./test/chaos
 
 .PHONY: generate
 generate: ## compile the C, after a change under bpf/

@@ -182,6 +182,22 @@ const (
 	ipv6 = 0x86dd
 )
 
+// unrunnable tells frames that some kernels run no program on
+// (net/bpf/test_run.c): a header alone, what does not fit into a page, and
+// since lately (6.18 does) less than a whole IP header.
+func unrunnable(frame []byte) bool {
+	if len(frame) <= 14 || len(frame) > 2048 {
+		return true
+	}
+	switch binary.BigEndian.Uint16(frame[12:]) {
+	case ipv4:
+		return len(frame) < 14+20
+	case ipv6:
+		return len(frame) < 14+40
+	}
+	return false
+}
+
 func FuzzParse(f *testing.F) {
 	o := load(f)
 	v4 := []byte{0: 0x45, 12: 192, 0, 2, 1, 198, 51, 100, 7}
@@ -196,6 +212,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(ethernet(443, ipv4, v4[:15]...), outside)
 		f.Add(ethernet(443, ipv6, v6[:23]...), outside)
 		f.Add(ethernet(443, 0x0806, v4...), outside)
+		f.Add(ethernet(443, 0x0806, v4[:15]...), outside)
 		f.Add(ethernet(443, ipv4, v6...), outside)
 	}
 	f.Fuzz(func(t *testing.T, packet []byte, outside bool) {
@@ -203,8 +220,8 @@ func FuzzParse(f *testing.F) {
 		if err := o.Io.Set(in); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := o.RunParse.Run(&ebpf.RunOptions{Data: packet}); errors.Is(err, unix.EINVAL) {
-			t.Skip("the kernel takes no such frame:", err)
+		if _, err := o.RunParse.Run(&ebpf.RunOptions{Data: packet}); errors.Is(err, unix.EINVAL) && unrunnable(packet) {
+			return
 		} else if err != nil {
 			t.Fatal(err)
 		}

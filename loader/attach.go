@@ -20,8 +20,9 @@ import (
 const settleRounds = 5
 
 // releasePatience is how long Attach waits for the kernel to free a socket array
-// that nobody has any more, which takes it some milliseconds.
-const releasePatience = time.Second
+// that nobody has any more, which takes it some milliseconds, and more than
+// a second where all CPUs are busy.
+const releasePatience = 5 * time.Second
 
 // Attach makes the reuseport group of conn sticky: it registers all members and
 // attaches the selection program. No flow moves. On a group that is attached
@@ -33,8 +34,8 @@ const releasePatience = time.Second
 // Group. Either all is done or nothing.
 //
 // Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrOwner, ErrOlder, ErrNewer,
-// ErrIncompatible, ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS, sockets.ErrNoReuseport,
-// sockets.ErrGone.
+// ErrIncompatible, ErrNotAttached (Options.Again), ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS,
+// sockets.ErrNoReuseport, sockets.ErrGone.
 func Attach(conn syscall.Conn, o Options) (*Group, error) { return DefaultFS.Attach(conn, o) }
 
 // Attach is the function of the same name, with state on this bpffs.
@@ -67,6 +68,9 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 
 	s, err := fs.open(key)
 	switch {
+	case errors.Is(err, ErrNotAttached) && o.Again:
+		fs.tidy(key.NetNS)
+		return nil, err
 	case errors.Is(err, ErrNotAttached):
 		return fs.attachNew(key, conn, full)
 	case err != nil:

@@ -150,6 +150,9 @@ type Options struct {
 	// Replace takes the place of another selection program on the group, also
 	// if that alone keeps a socket array with the group's sockets. Flows move.
 	Replace bool
+	// Again attaches only a group that has state: for who keeps groups as they
+	// are. One that was detached meanwhile is ErrNotAttached.
+	Again bool
 	// Owner is the user whose processes may register sockets of the group
 	// through the agent (package agent), without a capability of their own. It
 	// has to be the user of the group's sockets, or NoOwner. Nil leaves the

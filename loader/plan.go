@@ -60,8 +60,11 @@ func (fs FS) Plan(conn syscall.Conn, o Options) (Plan, error) {
 }
 
 // inUse tells that a member is in a socket array that is not the group's.
-func (p Plan) inUse() bool {
-	return slices.ContainsFunc(p.Skipped, func(u Unregistered) bool { return errors.Is(u.Reason, sockets.ErrInUse) })
+func (p Plan) inUse() bool { return p.skips(sockets.ErrInUse) }
+
+// skips tells that a member is left out, or in the way, for this reason.
+func (p Plan) skips(reason error) bool {
+	return slices.ContainsFunc(p.Skipped, func(u Unregistered) bool { return errors.Is(u.Reason, reason) })
 }
 
 // takeover tells that members to be registered are in the array of a program
@@ -95,8 +98,21 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	return makePlan(key, conn, s, o)
 }
 
+// closing is how long a member that no process holds is given to go. When a
+// process ends, its descriptors go first, and its sockets a moment later.
+const closing = 100 * time.Millisecond
+
 // makePlan looks at the group as it is. s is nil if it has no state.
 func makePlan(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
+	for deadline := time.Now().Add(closing); ; time.Sleep(2 * time.Millisecond) {
+		p, err := planOnce(key, conn, s, o)
+		if !p.skips(sockets.ErrUnseen) || time.Now().After(deadline) {
+			return p, err
+		}
+	}
+}
+
+func planOnce(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 	p := Plan{Key: key}
 	cookie, err := sockets.Cookie(conn)
 	if err != nil {

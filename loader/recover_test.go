@@ -59,6 +59,25 @@ func TestAttachAfterKilledAttach(t *testing.T) {
 	}
 }
 
+// Who keeps groups as they are attaches no group that was detached meanwhile.
+func TestAttachAgainOnly(t *testing.T) {
+	ns, root := testnet.New(t), testnet.BPFFS(t)
+	servers := testnet.StartGroup(t, ns, 1, udpServer)
+	again := loader.Options{Again: true}
+	if g, err := loader.FS(root).Attach(member(t, ns), again); !errors.Is(err, loader.ErrNotAttached) {
+		t.Fatalf("got %v, %v, want %v", g, err, loader.ErrNotAttached)
+	}
+	if left, err := filepath.Glob(filepath.Join(root, "rpsel*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	attach(t, loader.FS(root), ns, loader.Options{}).Close()
+	servers.Close(0)
+	servers.Add()
+	if s := status(t, attach(t, loader.FS(root), ns, again)); !s.Attached {
+		t.Errorf("status %+v", s)
+	}
+}
+
 // P6: an adoption that was killed leaves its program, which is no other tool's.
 func TestAttachAfterKilledAdoption(t *testing.T) {
 	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))

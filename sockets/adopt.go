@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/internal/capability"
+	"github.com/rpsel/rpsel/internal/fault"
 )
 
 // Adoption is what Adopt did to a socket.
@@ -88,6 +89,7 @@ func adopt(conn syscall.Conn, fd int, key Key) (Adoption, error) {
 	if err := setReuseport(fd); err != nil {
 		return Adoption{}, err
 	}
+	fault.Point("SO_REUSEPORT set")
 	if grouped {
 		return a, nil
 	}
@@ -150,11 +152,15 @@ func makeGroup(fd int, key Key) (lost uint32, err error) {
 		unix.Close(helper)
 		return 0, err
 	}
+	fault.Point("helper steered around")
 	leave(helper)
+	fault.Point("helper has left")
 	lost, err = drops(helper)
 	unix.Close(helper)
+	fault.Point("helper closed")
 	// Not before the helper is gone: now the server is the only choice.
 	detachErr := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0)
+	fault.Point("helper's program taken off")
 	return lost, errors.Join(err, os.NewSyscallError("setsockopt SO_DETACH_REUSEPORT_BPF", detachErr))
 }
 
@@ -176,6 +182,7 @@ func join(helper, program int, key Key) error {
 		_, _, errno = unix.RawSyscall(unix.SYS_LISTEN, uintptr(helper), 1, 0)
 	}
 	if errno == 0 {
+		fault.Point("helper bound")
 		doing = "setsockopt SO_ATTACH_REUSEPORT_EBPF"
 		_, _, errno = unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(helper), unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF,
 			uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -187,7 +188,7 @@ func TestKeyOfOthers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			fd, err := unix.Socket(c.family, c.kind|unix.SOCK_CLOEXEC, c.prot)
 			if errors.Is(err, unix.EPROTONOSUPPORT) {
-				t.Skip("kernel without it")
+				(&testnet.Unavailable{What: c.name, Err: err}).Skip(t)
 			}
 			must(t, err)
 			f := os.NewFile(uintptr(fd), c.name)

@@ -77,13 +77,61 @@ func (t *target) find(cmd *cobra.Command) (groups []*loader.Group, _ []chosen, e
 	return groups, found, nil
 }
 
+// writeAltered prints as JSON what became of listeners that were acted on. One
+// that died since is dead.
+func writeAltered(e *env, s *scope, groups []*loader.Group, listeners []chosen) error {
+	type alteredJSON struct {
+		Slot         int    `json:"slot"`
+		PID          int    `json:"pid"`
+		Command      string `json:"command"`
+		Cookie       uint64 `json:"cookie"`
+		StateBefore  string `json:"state_before"`
+		State        string `json:"state"`
+		WeightBefore int    `json:"weight_before"`
+		Weight       int    `json:"weight"`
+		Flows        int    `json:"flows"`
+	}
+	type groupAlteredJSON struct {
+		groupJSON
+		Listeners []alteredJSON `json:"listeners"`
+	}
+	answer := struct {
+		Schema int                `json:"schema"`
+		Groups []groupAlteredJSON `json:"groups"`
+	}{schema, []groupAlteredJSON{}}
+	for _, g := range groups {
+		status, err := g.Status()
+		if err != nil {
+			return err
+		}
+		altered := groupAlteredJSON{s.groupJSON(g.Key(), status.NetNSInode), []alteredJSON{}}
+		for _, l := range listeners {
+			if l.group != g {
+				continue
+			}
+			now, ok := listenerIn(status, l.Slot)
+			if !ok || now.Cookie != l.Cookie {
+				now = loader.Listener{State: "dead", Weight: l.Weight}
+			}
+			altered.Listeners = append(altered.Listeners, alteredJSON{
+				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie,
+				StateBefore: l.State, State: now.State, WeightBefore: l.Weight, Weight: now.Weight, Flows: now.Flows,
+			})
+		}
+		if len(altered.Listeners) > 0 {
+			answer.Groups = append(answer.Groups, altered)
+		}
+	}
+	return writeJSON(e.out, answer)
+}
+
 // drainPoll is how often --wait looks. Flows end by the clock, in whole
 // seconds, and nothing tells when.
 const drainPoll = 250 * time.Millisecond
 
 func newDrainCmd(e *env) *cobra.Command {
 	var t target
-	var wait bool
+	var wait, asJSON bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "drain --port PORT {--pid PID | --slot SLOT}",
@@ -109,22 +157,24 @@ returns when the last flow is idle, or the listener is gone.`,
 				}
 				e.say("%s: %s, %s", l.name(&t.scope), already(l.State == "draining", "draining"), plural(l.Flows, "flow"))
 			}
-			if err := warnAllDraining(e, &t.scope, groups); err != nil || !wait {
+			if err := warnAllDraining(e, &t.scope, groups); err != nil {
 				return err
 			}
-			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-			defer stop()
-			if timeout > 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, timeout)
-				defer cancel()
+			if wait {
+				if err := awaitDrained(e, &t.scope, listeners, timeout); err != nil {
+					return err
+				}
 			}
-			return waitDrained(ctx, e, &t.scope, listeners)
+			if asJSON {
+				return writeAltered(e, &t.scope, groups, listeners)
+			}
+			return nil
 		},
 	}
 	t.addFlags(cmd)
 	cmd.Flags().BoolVar(&wait, "wait", false, "return when its last flow is idle, or the listener is gone")
 	cmd.Flags().Var(durationValue{&timeout, time.Millisecond, loader.MaxIdle}, "timeout", "give up waiting after this `DURATION`, with exit code 6 (default: never)")
+	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
 	return cmd
 }
@@ -147,7 +197,19 @@ func warnAllDraining(e *env, s *scope, groups []*loader.Group) error {
 	return err
 }
 
-// waitDrained waits until none of the listeners has a flow.
+// awaitDrained waits until none of the listeners has a flow, until the timeout
+// if there is one, or an interrupt.
+func awaitDrained(e *env, s *scope, listeners []chosen, timeout time.Duration) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	return waitDrained(ctx, e, s, listeners)
+}
+
 func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) error {
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
@@ -183,6 +245,7 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 
 func newResumeCmd(e *env) *cobra.Command {
 	var t target
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:     "resume --port PORT {--pid PID | --slot SLOT}",
 		Short:   "Give a draining listener new flows again",
@@ -201,10 +264,14 @@ func newResumeCmd(e *env) *cobra.Command {
 				}
 				e.say("%s: %s", l.name(&t.scope), already(l.State == "active", "active"))
 			}
+			if asJSON {
+				return writeAltered(e, &t.scope, groups, listeners)
+			}
 			return nil
 		},
 	}
 	t.addFlags(cmd)
+	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
 	return cmd
 }

@@ -250,7 +250,7 @@ func (r *registrar) register(key loader.Key, conns []syscall.Conn) []loader.Regi
 		defer group.Close()
 		answers, err := group.RegisterAll(conns)
 		if errors.Is(err, loader.ErrNotAttached) {
-			return r.attachAgain(key, conns)
+			return r.attachAgain(conns)
 		}
 		return answers, err
 	}()
@@ -263,11 +263,8 @@ func (r *registrar) register(key loader.Key, conns []syscall.Conn) []loader.Regi
 // attachAgain attaches the group of listeners that are the first after all the
 // group's sockets had closed, and the program with them. Like "rpsel attach" it
 // registers whatever else is there.
-func (r *registrar) attachAgain(key loader.Key, conns []syscall.Conn) ([]loader.Registration, error) {
-	if keys, err := r.fs.Keys(key.NetNS); err != nil || !slices.Contains(keys, key) {
-		return nil, errors.Join(loader.ErrNotAttached, err) // detached meanwhile
-	}
-	group, err := r.fs.Attach(conns[0], loader.Options{})
+func (r *registrar) attachAgain(conns []syscall.Conn) ([]loader.Registration, error) {
+	group, err := r.fs.Attach(conns[0], loader.Options{Again: true})
 	if err != nil {
 		return nil, err
 	}

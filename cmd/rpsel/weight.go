@@ -8,6 +8,7 @@ import (
 
 func newWeightCmd(e *env) *cobra.Command {
 	var t target
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "weight --port PORT {--pid PID | --slot SLOT} WEIGHT",
 		Short: "Set a listener's share of new flows",
@@ -31,10 +32,14 @@ are 1 at first. No existing flow moves. For no new flows at all, drain it.`,
 				}
 				e.say("%s: weight %d", l.name(&t.scope), weight)
 			}
+			if asJSON {
+				return writeAltered(e, &t.scope, groups, listeners)
+			}
 			return nil
 		},
 	}
 	t.addFlags(cmd)
+	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
 	return cmd
 }

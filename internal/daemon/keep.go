@@ -104,7 +104,7 @@ func (k *keeper) adopt(live sockets.Group, service *config.Service) error {
 // attach attaches a group for the first time, or again after its last socket had
 // closed, and the program with it. service may be nil.
 func (k *keeper) attach(live sockets.Group, service *config.Service) error {
-	var o loader.Options
+	o := loader.Options{Again: true}
 	if service != nil {
 		o = service.Options
 	}
@@ -112,6 +112,9 @@ func (k *keeper) attach(live sockets.Group, service *config.Service) error {
 		o.Settle = bornSettle
 	}
 	g, err := k.attachWith(live, o)
+	if errors.Is(err, loader.ErrNotAttached) {
+		return nil // detached, and not heard of yet
+	}
 	if err != nil {
 		return err
 	}

@@ -3,9 +3,10 @@
 // any other build the marks are nothing.
 package fault
 
-// The environment of a build with the tag: at which step to end, counted from
-// 1, and a file to which the steps are written that were passed.
+// The environment of a build with the tag: a file to which the steps are written
+// that were passed, each with its place in the source, and at which step to end,
+// counted from 1. Processes with the same file count together.
 const (
-	KillAt = "RPSEL_KILL_AT"
 	Log    = "RPSEL_KILL_LOG"
+	KillAt = "RPSEL_KILL_AT"
 )

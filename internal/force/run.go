@@ -16,6 +16,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/fault"
 )
 
 // Command is a command to run.
@@ -88,16 +89,20 @@ func (c *Command) enclose() (reaper io.Closer, err error) {
 		return nil, err
 	}
 	defer dir.Close()
+	fault.Point("cgroup made")
 	if err := dir.Attach(c.Settings.programs(objects)); err != nil {
 		return nil, errors.Join(err, dir.Remove())
 	}
+	fault.Point("bind programs attached")
 	reaper, err = c.startReaper(dir, objects.Events)
 	if err != nil {
 		return nil, errors.Join(err, dir.Remove())
 	}
+	fault.Point("reaper started")
 	if err := dir.Enter(); err != nil {
 		return nil, errors.Join(err, reaper.Close())
 	}
+	fault.Point("cgroup entered")
 	return reaper, nil
 }
 

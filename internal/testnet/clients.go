@@ -144,8 +144,9 @@ func (c *Clients) open(port int) (fd int, err error) {
 	}
 	// Who lists open files at the same time, as sockets.Find does, holds each for
 	// a moment (kernel/bpf/task_iter.c): also the last socket that was closed here.
+	// So does a process that is being started, until it calls exec.
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, uint16(port))))
+		err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, uint16(port))))
 		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
 			return fd, os.NewSyscallError("bind", err)
 		}

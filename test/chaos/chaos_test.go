@@ -1,12 +1,15 @@
 package chaos
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -62,6 +65,12 @@ func TestChaos(t *testing.T) {
 		a := w.draw(actions)
 		w.done[a.name]++
 		err := a.do()
+		if err == nil && !w.keptUp() {
+			err = w.during(w.awaitAgent)
+		}
+		if err == nil {
+			err = w.learnGenerations()
+		}
 		if err == nil {
 			err = w.check(w.sample())
 		}
@@ -77,7 +86,7 @@ func TestChaos(t *testing.T) {
 	if err := w.check(everyFlow); err != nil {
 		t.Fatalf("in the end: %s\nRPSEL_CHAOS_SEED=%d", w.explain(err), n)
 	}
-	t.Logf("%d steps: %v", w.step, w.done)
+	t.Logf("%d steps, %d packets lost to sockets that closed: %v", w.step, w.lost, w.done)
 }
 
 // The control: where nothing is attached the same steps are caught at once, in
@@ -116,7 +125,7 @@ func (w *world) begin() error {
 	for len(w.alive()) < fewest {
 		w.start(1)
 	}
-	for {
+	for range 5 {
 		if err := w.check(everyFlow); err != nil {
 			return err
 		}
@@ -133,28 +142,35 @@ func (w *world) begin() error {
 		if strings.TrimSpace(count) == strconv.Itoa(flows) {
 			return nil
 		}
-		w.t.Logf("only %s entries: other clients", strings.TrimSpace(count))
 		if err := w.detach(); err != nil {
 			return err
 		}
-		w.traffic = newTraffic(w.t, w.ns, byte(1+w.rng.IntN(250)), 10000+w.rng.IntN(50000))
+		w.readdress(byte(1 + w.rng.IntN(250)))
 	}
+	return errors.New("it is not every flow that is tracked")
 }
 
 // attach attaches, or registers who came.
 func (w *world) attach() error {
+	flags := attachFlags
 	if !w.sticky {
-		w.weights = w.rng.IntN(3) == 0
+		w.weights = w.rng.IntN(2) == 0
+	}
+	if !w.attachedOnce {
+		w.newest = w.rng.IntN(3) == 0
+	}
+	if w.newest {
+		flags = append(flags, "--policy", "newest")
 	}
 	return w.during(func() error {
-		_, err := w.run(0, "attach", attachFlags...)
+		_, err := w.run(0, "attach", flags...)
 		w.attached()
 		return err
 	})
 }
 
 // Nothing settles or goes idle here: both are matters of time.
-var attachFlags = []string{"--settle", "0", "--idle", "24h", "--idle-new", "24h"}
+var attachFlags = slices.Clip([]string{"--settle", "0", "--idle", "24h", "--idle-new", "24h"})
 
 func (w *world) detach() error {
 	_, err := w.run(0, "detach")
@@ -215,6 +231,8 @@ func (w *world) actions() []action {
 	joiners := func() bool { return len(w.unregistered()) > 0 }
 	nobody := func() bool { return len(w.alive()) == 0 }
 	sticky := func() bool { return w.sticky }
+	agentRuns := func() bool { return w.agent != nil }
+	agentIsGone := func() bool { return w.agent == nil }
 	canDrain := func() bool { return w.sticky && len(w.serving(false)) > 0 }
 	canResume := func() bool { return w.sticky && len(w.serving(true)) > 0 }
 	return []action{
@@ -260,9 +278,33 @@ func (w *world) actions() []action {
 		{"resume", when(6, canResume), func() error {
 			return w.alter(pick(w, w.serving(true)), "resume", func(ls ...*listener) { w.drained(false, ls...) })
 		}},
-		{"weight", when(3, func() bool { return canDrain() && w.weights }), func() error {
+		{"weight", when(9, func() bool { return canDrain() && w.weights }), func() error {
 			weight := 1 << w.rng.IntN(3)
-			return w.alter(pick(w, w.serving(false)), "weight", func(ls ...*listener) { w.weightSet(weight, ls...) }, strconv.Itoa(weight))
+			if err := w.alter(pick(w, w.serving(false)), "weight", func(ls ...*listener) { w.weightSet(weight, ls...) }, strconv.Itoa(weight)); err != nil || w.rng.IntN(3) > 0 {
+				return err
+			}
+			// It takes many flows to tell.
+			if err := w.flushAll(); err != nil {
+				return err
+			}
+			return w.check(everyFlow)
+		}},
+		{"open a generation", when(3, func() bool { return w.newest && w.sticky && len(w.alive()) < most-3 }), func() error {
+			w.start(1 + w.rng.IntN(3))
+			return w.during(func() error {
+				_, err := w.run(0, "attach", append(attachFlags, "--generation", "new")...)
+				w.attached()
+				return err
+			})
+		}},
+		{"other policy", when(1, sticky), func() error {
+			w.newest = !w.newest
+			w.reshare()
+			return w.during(func() error {
+				_, err := w.run(0, "attach", append(attachFlags, "--policy", map[bool]string{true: "newest", false: "hash"}[w.newest])...)
+				w.attached()
+				return err
+			})
 		}},
 		{"flush some", when(8, sticky), func() error {
 			n := w.rng.IntN(len(w.nets))
@@ -270,12 +312,52 @@ func (w *world) actions() []action {
 			w.flushed(everyFlow[n*perNet : (n+1)*perNet])
 			return err
 		}},
-		{"flush all", when(1, sticky), func() error {
-			_, err := w.run(0, "flush", "--all")
-			w.flushed(everyFlow)
-			return err
+		{"flush all", when(1, sticky), w.flushAll},
+		{"upgrade", when(3, sticky), w.upgrade},
+		{"agent starts", when(4, agentIsGone), func() error { return w.during(w.startAgent) }},
+		{"agent killed", when(2, agentRuns), func() error {
+			return w.during(func() error { return w.stopAgent(syscall.SIGKILL) })
 		}},
+		{"agent killed and started", when(2, agentRuns), func() error {
+			return w.during(func() error {
+				if err := w.stopAgent(syscall.SIGKILL); err != nil {
+					return err
+				}
+				return w.startAgent()
+			})
+		}},
+		{"agent stopped", when(1, agentRuns), func() error {
+			return w.during(func() error { return w.stopAgent(syscall.SIGTERM) })
+		}},
+		{"agent killed at work", when(4, func() bool { return agentRuns() && len(w.alive()) < most-2 }), w.comeAndGo},
 	}
+}
+
+// upgrade moves the group to another table, now and then killed at some instant
+// before. Then the table may be frozen: new flows are served, and not tracked yet.
+func (w *world) upgrade() error {
+	args := [][]string{nil, {"--flows", "100000"}, {"--flows", "262144"}, {"--flows", "300000"}}[w.rng.IntN(4)]
+	if w.rng.IntN(3) == 0 {
+		if err := w.during(func() error {
+			_, err := w.runKilled("upgrade", args...)
+			return err
+		}); err != nil {
+			return err
+		}
+		if err := w.check(w.choose(300, func(f *flow) bool { return f.tracked })); err != nil {
+			return fmt.Errorf("after the command was killed: %w", err)
+		}
+	}
+	return w.during(func() error {
+		_, err := w.run(0, "upgrade", args...)
+		return err
+	})
+}
+
+func (w *world) flushAll() error {
+	_, err := w.run(0, "flush", "--all")
+	w.flushed(everyFlow)
+	return err
 }
 
 // bindAgain lets a process open another socket and close one, as servers do
@@ -324,16 +406,18 @@ func (w *world) attachDying() error {
 	s := pick(w, w.processes())
 	if err := w.during(func() error {
 		cmd := w.command("attach", attachFlags...)
+		var talk bytes.Buffer
+		cmd.Stderr = &talk
 		if err := cmd.Start(); err != nil {
 			return err
 		}
-		time.Sleep(time.Duration(w.rng.Int64N(int64(20 * time.Millisecond)))) // at some instant
+		time.Sleep(w.instant("attach"))
 		w.kill(s)
 		cmd.Wait()
 		w.say("rpsel attach meanwhile: %v", cmd.ProcessState)
 		// 3: it looked at nobody else.
 		if code := cmd.ProcessState.ExitCode(); code != 0 && code != 3 {
-			return fmt.Errorf("rpsel attach, while a server died: %v", cmd.ProcessState)
+			return fmt.Errorf("rpsel attach, while a server died: %v: %s", cmd.ProcessState, talk.String())
 		}
 		return nil
 	}, w.of(s)...); err != nil {

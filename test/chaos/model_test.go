@@ -20,6 +20,7 @@ type listener struct {
 	registered bool
 	draining   bool
 	weight     int
+	generation int  // as status says; of processes
 	doubt      bool // a command that was killed may have changed it, or not
 }
 
@@ -47,9 +48,12 @@ type model struct {
 	flows     [flows]flow
 	step      int
 
-	sticky  bool // our program picks
-	changed bool // listeners joined, drained, resumed or were weighed since the attach
-	weighed bool // weights were given since the attach
+	sticky       bool // our program picks
+	attachedOnce bool // and the group has not been detached since
+	newest       bool // new flows go to the newest generation
+	turning      bool // it waits for another one to be complete
+	changed      bool // listeners joined, drained, resumed or were weighed since the attach
+	weighed      bool // weights were given since the attach
 
 	// Who got the flows whose owner was open, since the last step.
 	spread map[origin]map[*listener]int
@@ -85,6 +89,41 @@ func (m *model) where(property func(*listener) bool) []*listener {
 
 func (m *model) active() []*listener {
 	return m.where(func(l *listener) bool { return l.registered && !l.draining && !l.doubt })
+}
+
+// first lists the active listeners that get new flows: all, or those of the
+// newest generation that has one.
+func (m *model) first() []*listener {
+	active := m.active()
+	if !m.newest {
+		return active
+	}
+	newest := 0
+	for _, l := range active {
+		newest = max(newest, l.generation)
+	}
+	return slices.DeleteFunc(active, func(l *listener) bool { return l.generation < newest })
+}
+
+// turnable adds to the first those that are while the newest generation is not
+// complete, which may change while we look.
+func (m *model) turnable() []*listener {
+	first := m.first()
+	if !m.turning || len(first) == 0 {
+		return first
+	}
+	before := 0
+	for _, l := range m.active() {
+		if l.generation < first[0].generation {
+			before = max(before, l.generation)
+		}
+	}
+	for _, l := range m.active() {
+		if l.generation == before {
+			first = append(first, l)
+		}
+	}
+	return first
 }
 
 func (m *model) draining() []*listener {
@@ -156,7 +195,7 @@ func (m *model) died(dead ...*listener) {
 // attached: no flow moves (P0); those who came since take none (P3).
 func (m *model) attached() {
 	if !m.sticky {
-		m.sticky, m.changed, m.weighed = true, false, false
+		m.sticky, m.attachedOnce, m.changed, m.weighed, m.turning = true, true, false, false, false
 	} else if len(m.unregistered()) > 0 {
 		m.reshare()
 	}
@@ -168,7 +207,7 @@ func (m *model) attached() {
 
 // detached: it is plain Linux again.
 func (m *model) detached() {
-	m.sticky = false
+	m.sticky, m.attachedOnce, m.newest, m.turning = false, false, false, false
 	for _, l := range m.alive() {
 		l.registered, l.draining, l.doubt, l.weight = false, false, false, 1
 	}
@@ -217,8 +256,10 @@ func (m *model) eligible() (who []*listener, promise string) {
 	switch {
 	case !m.sticky:
 		return m.alive(), "plain Linux: anybody"
+	case len(doubt) > 0 && len(m.active()) > 0:
+		return append(m.active(), doubt...), "P3, P4: active ones only, or who a killed command made one"
 	case len(m.active()) > 0:
-		return append(m.active(), doubt...), "P3, P4: active ones only"
+		return m.turnable(), "P3, P4: active ones only, of the newest generation if that counts"
 	case len(m.draining()) > 0:
 		return append(m.draining(), doubt...), "P4: draining ones, since nobody is active"
 	default:
@@ -255,7 +296,7 @@ func (m *model) answered(which int, name string) error {
 		return nil // by the kernel's choice: not tracked
 	}
 	f.owner, f.tracked = l, m.sticky
-	if m.sticky && f.origin != unknown && len(m.active()) > 0 && len(m.doubtful()) == 0 {
+	if m.sticky && f.origin != unknown && len(m.active()) > 0 && len(m.doubtful()) == 0 && !m.turning {
 		m.spread[f.origin][l]++
 	}
 	f.origin = unknown
@@ -278,7 +319,7 @@ const doubtless = 30
 // some of them are with listeners that joined since: then what can be said is
 // that nobody gets a multiple.
 func (m *model) evenly() error {
-	active := m.active()
+	active := m.first()
 	total := 0
 	for _, l := range active {
 		total += l.weight
@@ -351,7 +392,7 @@ func counts(got map[*listener]int) string {
 // describe tells what the model believes.
 func (m *model) describe() string {
 	var s strings.Builder
-	fmt.Fprintf(&s, "sticky %v, changed %v, weighed %v\n", m.sticky, m.changed, m.weighed)
+	fmt.Fprintf(&s, "sticky %v, newest %v, turning %v, changed %v, weighed %v\n", m.sticky, m.newest, m.turning, m.changed, m.weighed)
 	for _, l := range m.listeners {
 		n := 0
 		for i := range m.flows {
@@ -359,8 +400,8 @@ func (m *model) describe() string {
 				n++
 			}
 		}
-		fmt.Fprintf(&s, "  %-8s pid %d registered %v draining %v weight %d doubt %v flows %d\n",
-			l.name, l.server.PID(), l.registered, l.draining, l.weight, l.doubt, n)
+		fmt.Fprintf(&s, "  %-8s pid %d registered %v draining %v weight %d generation %d doubt %v flows %d\n",
+			l.name, l.server.PID(), l.registered, l.draining, l.weight, l.generation, l.doubt, n)
 	}
 	return s.String()
 }

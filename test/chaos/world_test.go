@@ -57,6 +57,8 @@ type world struct {
 	*traffic
 	servers int  // that were ever started
 	weights bool // weights are given, until the next attach to plain Linux
+	agent   *keeper
+	took    map[string]time.Duration // the last time, by command
 	said    []string
 	done    map[string]int // steps, by what they did
 }
@@ -70,9 +72,11 @@ func newWorld(t testing.TB, seed uint64) *world {
 	}
 	w := &world{
 		t: t, rng: rand.New(rand.NewPCG(seed, 0)), rpsel: path,
-		ns: testnet.New(t), bpffs: testnet.BPFFS(t), model: newModel(), done: map[string]int{},
+		ns: testnet.New(t), bpffs: testnet.BPFFS(t), model: newModel(), done: map[string]int{}, took: map[string]time.Duration{},
 	}
-	w.traffic = newTraffic(t, w.ns, byte(1+w.rng.IntN(250)), 10000+w.rng.IntN(50000))
+	w.traffic = newTraffic(t, w.ns, 10000+w.rng.IntN(50000))
+	w.readdress(byte(1 + w.rng.IntN(250)))
+	t.Cleanup(w.cleanAgent)
 	return w
 }
 
@@ -96,7 +100,9 @@ func (w *world) run(code int, verb string, args ...string) (string, error) {
 	cmd := w.command(verb, args...)
 	var out, talk bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &talk
+	began := time.Now()
 	err := cmd.Run()
+	w.took[verb] = time.Since(began)
 	line := strings.TrimSpace(verb + " " + strings.Join(args, " "))
 	w.say("rpsel %s: %v: %s", line, cmd.ProcessState, strings.TrimSpace(talk.String()))
 	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
@@ -108,6 +114,11 @@ func (w *world) run(code int, verb string, args ...string) (string, error) {
 	return out.String(), nil
 }
 
+// instant draws a time at which a command is still at work.
+func (w *world) instant(verb string) time.Duration {
+	return time.Duration(w.rng.Int64N(int64(max(w.took[verb], 10*time.Millisecond))))
+}
+
 // runKilled kills a command at some instant, and reports whether it was in time.
 func (w *world) runKilled(verb string, args ...string) (killed bool, err error) {
 	cmd := w.command(verb, args...)
@@ -116,7 +127,7 @@ func (w *world) runKilled(verb string, args ...string) (killed bool, err error) 
 	if err := cmd.Start(); err != nil {
 		return false, err
 	}
-	timer := time.AfterFunc(time.Duration(w.rng.Int64N(int64(40*time.Millisecond))), func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(w.instant(verb), func() { cmd.Process.Kill() })
 	err = cmd.Wait()
 	timer.Stop()
 	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
@@ -173,7 +184,11 @@ func (w *world) check(which []int) error {
 	if len(w.alive()) == 0 {
 		return nil // who should answer
 	}
+	// The agent may be at the sockets of servers that were killed, and keep one
+	// alive until it is done.
+	w.closing = w.agent != nil
 	answers, err := w.ask(which)
+	w.closing = false
 	if err != nil {
 		return err
 	}
@@ -223,8 +238,10 @@ var everyFlow = func() []int {
 }()
 
 // during does something that must not matter to flows: those of listeners but
-// these keep sending, and keep their listener all the while.
+// these, which close, keep sending, and keep their listener all the while.
 func (w *world) during(f func() error, except ...*listener) error {
+	w.closing = len(except) > 0 || w.agent != nil
+	defer func() { w.closing = false }()
 	steady := w.choose(64, func(f *flow) bool { return f.owner != nil && f.tracked && !slices.Contains(except, f.owner) })
 	owners := make([]*listener, len(steady))
 	for at, i := range steady {
@@ -261,10 +278,11 @@ type status struct {
 	Groups []struct {
 		Attached  bool
 		Settling  int `json:"settling_seconds"`
+		Turning   int `json:"turning_seconds"`
 		Flows     struct{ Tracked int }
 		Listeners []struct {
-			Slot, PID, Weight, Flows int
-			State                    string
+			Slot, PID, Weight, Flows, Generation int
+			State                                string
 		}
 		Unregistered []json.RawMessage
 	}
@@ -276,6 +294,28 @@ func (w *world) status() (s status, err error) {
 		return s, err
 	}
 	return s, json.Unmarshal([]byte(out), &s)
+}
+
+// learnGenerations asks who is of which generation, where that counts: nobody
+// else knows how much time has passed between two joins.
+func (w *world) learnGenerations() error {
+	if !w.newest || !w.sticky {
+		return nil
+	}
+	s, err := w.status()
+	if err != nil {
+		return err
+	}
+	w.turning = s.Groups[0].Turning > 0
+	for _, l := range s.Groups[0].Listeners {
+		if l.State == "dead" {
+			continue
+		}
+		for _, ours := range w.where(func(ours *listener) bool { return ours.server.PID() == l.PID }) {
+			ours.generation = l.Generation
+		}
+	}
+	return nil
 }
 
 // checkStatus compares what status says with who answers whom, after all flows
@@ -324,9 +364,10 @@ func (w *world) checkStatus() error {
 func (w *world) explain(err error) string {
 	var s strings.Builder
 	fmt.Fprintf(&s, "step %d: %v\n\nthe last steps:\n%s\n\nthe model: %s", w.step, err, strings.Join(w.said, "\n"), w.describe())
-	for _, verb := range []string{"status"} {
-		out, err := w.command(verb, "-v").CombinedOutput()
-		fmt.Fprintf(&s, "\nrpsel %s: %v\n%s", verb, err, out)
+	out, statusErr := w.command("status", "-v").CombinedOutput()
+	fmt.Fprintf(&s, "\nrpsel status: %v\n%s", statusErr, out)
+	if w.agent != nil {
+		fmt.Fprintf(&s, "\nthe agent:\n%s", w.agent.log.String())
 	}
 	for i := range w.flows {
 		if f := &w.flows[i]; strings.Contains(err.Error(), fmt.Sprintf("flow %d,", i)) {
