@@ -174,6 +174,55 @@ func TestAgentKilled(t *testing.T) {
 	}
 }
 
+// So many sockets are bound while the agent cannot run that reports are dropped,
+// that on a server among them. It looks for itself then.
+func TestAgentMissesEvents(t *testing.T) {
+	testnet.Privileged(t)
+	binary := buildCommand(t)
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	removeRunDir(t, bpffs)
+	const port, bursts = 28194, 4500 // the buffer holds some 3600
+	options := testnet.ServerOptions{Network: "udp4", Addr: fmt.Sprint("127.0.0.1:", port), ReusePort: true, Name: "a"}
+	testnet.StartServer(t, ns, options)
+	a := startRealAgent(t, binary, bpffs, fmt.Sprintf("[[service]]\nport = %d\nnetns = %q\nsettle = \"0s\"\n", port, ns.Path()))
+	clients := testnet.NewClients(t, ns, 200, options.Addr)
+	before := clients.Ask()
+	if err := a.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := ns.Do(func() error {
+		for range bursts {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			err = unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 2}})
+			unix.Close(fd)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	options.Name = "b"
+	testnet.StartServer(t, ns, options)
+	if err := a.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	awaitListeners(t, ns, bpffs, port, 2)
+	if said := a.said(); !strings.Contains(said, `msg="events were missed: looking for all listeners"`) {
+		t.Error("it has not noticed that it missed events")
+	}
+	if moved := testnet.Moved(before, clients.Ask()); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+	if shares := testnet.Shares(testnet.NewClients(t, ns, 200, options.Addr).Ask()); shares["b"] == 0 {
+		t.Errorf("new flows: %v", shares)
+	}
+}
+
 // What the agent takes while nothing happens, over half a minute: four groups of
 // eight listeners, tables of the default size.
 func BenchmarkAgentAtRest(b *testing.B) {

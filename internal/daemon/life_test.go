@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
@@ -287,6 +288,110 @@ func TestAttachedMeanwhile(t *testing.T) {
 	if found := findPort(t, ns, 1194); found[0].HasProgram {
 		t.Error("it is attached again, and nobody asked for it")
 	}
+}
+
+// The agent removes expired flows, and buries the dead. Removed flows stay so when
+// flows may be silent for longer; those that nobody removed come back then.
+func TestHousekeeping(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
+	idle := func(d time.Duration) *loader.Group {
+		t.Helper()
+		conn, err := sockets.TakeMember(findPort(t, ns, 1194)[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		g, err := loader.FS(fs).Attach(conn, loader.Options{Settle: -1, IdleNew: d, Flows: 1000})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { g.Close() })
+		return g
+	}
+	tracked := func(g *loader.Group) int {
+		t.Helper()
+		n, _, err := g.CountFlows()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	g := idle(time.Second)
+	testnet.NewClients(t, ns, 100, addr).Ask()
+	await(t, "the flows to expire", func() bool { return tracked(g) == 0 })
+	if n := tracked(idle(time.Hour)); n != 100 {
+		t.Fatalf("%d expired flows were still there, of 100", n)
+	}
+	idle(time.Second)
+	a := start(t, fs, "")
+	a.awaitSaid(`msg="expired flows forgotten" group="udp 127.0.0.1:1194" flows=100`)
+	if n := tracked(idle(time.Hour)); n != 0 {
+		t.Errorf("%d expired flows are still there", n)
+	}
+	servers.Close(1)
+	a.awaitSaid(`msg="listeners left" group="udp 127.0.0.1:1194" listeners=1`)
+}
+
+// What a killed command left behind is gone when the agent is ready, also in a
+// namespace where nothing is attached.
+func TestRecovers(t *testing.T) {
+	fs := testnet.BPFFS(t)
+	aside := filepath.Join(fs, "rpsel", "4711", "tmp_4711_udp_7f000001_1194")
+	if err := os.MkdirAll(aside, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	start(t, fs, "")
+	if _, err := os.Stat(aside); !os.IsNotExist(err) {
+		t.Errorf("%s: %v", aside, err)
+	}
+}
+
+// State of a newer rpsel is told of by name and left alone; other groups are kept
+// as before.
+func TestNewerState(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	other := options
+	other.Addr = "127.0.0.2:1194"
+	testnet.StartServer(t, ns, options)
+	testnet.StartServer(t, ns, other)
+	services := service(ns, 1194, `settle = "0s"`)
+	a := start(t, fs, services)
+	setLayout := func(n uint32) {
+		t.Helper()
+		config, err := ebpf.LoadPinnedMap(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie()), "udp_7f000001_1194", "config"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer config.Close()
+		value, err := config.LookupBytes(uint32(0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		binary.NativeEndian.PutUint32(value[8:], n)
+		if err := config.Put(uint32(0), value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	clients := testnet.NewClients(t, ns, 100, addr)
+	before := clients.Ask()
+	setLayout(3)
+	a.stop()
+	a = start(t, fs, services)
+	const newer = "state of a newer rpsel (layout 3, this one speaks 2): use that one"
+	a.awaitSaid(newer)
+	testnet.StartServer(t, ns, options)
+	testnet.StartServer(t, ns, other)
+	a.awaitListeners(keyOf(ns, loader.UDP, other.Addr), 2)
+	if n := testnet.Moved(before, clients.Ask()); n != 0 {
+		t.Errorf("%d flows moved", n)
+	}
+	setLayout(2)
+	if s, ok := status(t, a.fs, keyOf(ns, loader.UDP, addr)); !ok || len(s.Listeners) != 1 {
+		t.Errorf("it was not left alone: %+v", s)
+	}
+	a.awaitListeners(keyOf(ns, loader.UDP, addr), 2)
 }
 
 // A live server without SO_REUSEPORT is adopted if its service says so, and told
