@@ -30,8 +30,9 @@ func newCheckCmd(e *env) *cobra.Command {
 		Short: "Say what this machine can do, and what is missing",
 		Long: `Say what this machine can do and what is missing; with --port also what sits on
 the port and whether it can be attached, and with --config the same for each
-service of an agent's file, if there is no mistake in it (exit code 2). The exit code is 0 if attach can work,
-else that of the first thing in its way (4 or 5). Nothing is changed.`,
+service of an agent's file, if there is no mistake in it (exit code 2). The exit
+code is 0 if attach can work, else that of the first thing in its way (4 or 5).
+Nothing is changed.`,
 		Example: `  rpsel check
   rpsel check --port 1194 -j
   rpsel check --config services.toml`,

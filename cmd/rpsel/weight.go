@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+
 	"github.com/spf13/cobra"
 
 	"github.com/rpsel/rpsel/loader"
@@ -30,7 +32,7 @@ are 1 at first. No existing flow moves. For no new flows at all, drain it.`,
 				if err := l.group.SetWeight(l.Slot, weight); err != nil {
 					return err
 				}
-				e.say("%s: weight %d", l.name(&t.scope), weight)
+				e.say("%s: %s", l.name(&t.scope), already(l.Weight == weight, fmt.Sprint("weight ", weight)))
 			}
 			if asJSON {
 				return writeAltered(e, &t.scope, groups, listeners)
