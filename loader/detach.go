@@ -112,7 +112,7 @@ func through(live sockets.Group, f func(syscall.Conn) error) error {
 	err := fmt.Errorf("take a member: %w", sockets.ErrGone)
 	for _, m := range live.Members {
 		var conn *sockets.Conn
-		if conn, err = takeAny(m); err != nil {
+		if conn, err = m.Take(); err != nil {
 			continue
 		}
 		err = f(conn)

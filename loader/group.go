@@ -404,7 +404,7 @@ func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
 		return err
 	}
 	for _, m := range members {
-		conn, err := takeAny(m)
+		conn, err := m.Take()
 		if errors.Is(err, sockets.ErrGone) {
 			continue
 		}
@@ -420,15 +420,4 @@ func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
 		g.joined = append(g.joined, int(slot))
 	}
 	return nil
-}
-
-// takeAny borrows a socket from any of its holders.
-func takeAny(m sockets.Socket) (conn *sockets.Conn, err error) {
-	err = sockets.ErrGone
-	for _, h := range m.Holders {
-		if conn, err = sockets.Take(h, m.Cookie); err == nil {
-			return conn, nil
-		}
-	}
-	return nil, err
 }

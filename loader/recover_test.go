@@ -304,7 +304,7 @@ func TestConnectedBeside(t *testing.T) {
 		t.Fatalf("groups %v, want one that is not connected", groups)
 	}
 	server := groups[0].Members[0]
-	conn, err := sockets.Take(server.Holders[0], server.Cookie)
+	conn, err := server.Take()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +330,7 @@ func TestConnectedBeside(t *testing.T) {
 			continue
 		}
 		late := beside.Members[len(beside.Members)-1]
-		conn, err := sockets.Take(late.Holders[0], late.Cookie)
+		conn, err := late.Take()
 		if err != nil {
 			t.Fatal(err)
 		}

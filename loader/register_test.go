@@ -36,7 +36,7 @@ func TestRegisterAll(t *testing.T) {
 	}
 	conns := []syscall.Conn{member(t, elsewhere)}
 	for _, m := range groups[0].Members {
-		conn, err := sockets.Take(m.Holders[0], m.Cookie)
+		conn, err := m.Take()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -40,26 +40,7 @@ func TestUpgrade(t *testing.T) {
 					before := clients.Ask()
 					layout1.PickOnly(t, root, key, 1)
 
-					done := make(chan error)
-					var u loader.Upgraded
-					go func() {
-						var err error
-						u, err = loader.FS(root).Upgrade(key, loader.UpgradeOptions{Flows: flows})
-						done <- err
-					}()
-					for asked, upgraded := 0, false; !upgraded || asked < 2; asked++ {
-						select {
-						case err := <-done:
-							if err != nil {
-								t.Fatal(err)
-							}
-							upgraded = true
-						default:
-						}
-						if diff := cmp.Diff(before, clients.Ask()); diff != "" {
-							t.Fatalf("flows moved: %s", diff)
-						}
-					}
+					u := upgradeAsking(t, root, key, flows, clients, before)
 					capacity := flows
 					if flows == 0 {
 						capacity = 1000
@@ -154,6 +135,32 @@ func TestUpgradeControl(t *testing.T) {
 	}
 }
 
+// upgradeAsking upgrades a group while the clients ask: they get the same answers
+// all the while.
+func upgradeAsking(t *testing.T, root string, key sockets.Key, flows int, clients *testnet.Clients, before []string) (u loader.Upgraded) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		var err error
+		u, err = loader.FS(root).Upgrade(key, loader.UpgradeOptions{Flows: flows})
+		done <- err
+	}()
+	for asked, upgraded := 0, false; !upgraded || asked < 2; asked++ {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+			upgraded = true
+		default:
+		}
+		if diff := cmp.Diff(before, clients.Ask()); diff != "" {
+			t.Fatalf("answers changed: %s", diff)
+		}
+	}
+	return u
+}
+
 // TCP connections are made all the while, and each is accepted.
 func TestUpgradeTCP(t *testing.T) {
 	for _, from := range []int{1, maps.ABI} {
@@ -164,25 +171,8 @@ func TestUpgradeTCP(t *testing.T) {
 			key := attachFrom(t, root, ns, from, 1000)
 			before := clients.Ask()
 			for _, flows := range []int{2000, 0, 500} {
-				done := make(chan error)
-				go func() {
-					_, err := loader.FS(root).Upgrade(key, loader.UpgradeOptions{Flows: flows})
-					done <- err
-				}()
-				for asked, upgraded := 0, false; !upgraded || asked < 2; asked++ {
-					select {
-					case err := <-done:
-						if err != nil {
-							t.Fatal(err)
-						}
-						upgraded = true
-					default:
-					}
-					// Not tracked, but the pick table answers as before.
-					if diff := cmp.Diff(before, clients.Ask()); diff != "" {
-						t.Fatalf("answers changed: %s", diff)
-					}
-				}
+				// Not tracked, but the pick table answers as before.
+				upgradeAsking(t, root, key, flows, clients, before)
 			}
 			g := open(t, root, key)
 			if s := status(t, g); !s.Attached || s.Affinity != "none" || s.Capacity != 500 || s.Counters.Fallback != 0 {

@@ -62,6 +62,17 @@ func Take(h Holder, cookie uint64) (*Conn, error) {
 	return c, nil
 }
 
+// Take borrows the socket from any of its holders, as the function Take does.
+func (s Socket) Take() (conn *Conn, err error) {
+	err = ErrGone
+	for _, h := range s.Holders {
+		if conn, err = Take(h, s.Cookie); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
 // TakeMember borrows a socket of a group, any that can be borrowed. The caller
 // closes the Conn. An MPTCP listener cannot stand for its group: the TCP socket
 // below it is what is in there.

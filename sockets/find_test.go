@@ -583,7 +583,7 @@ func BenchmarkFind(b *testing.B) {
 	for _, processes := range []int{100, 2000} {
 		b.Run(fmt.Sprintf("processes=%d", processes), func(b *testing.B) {
 			netNS(b)
-			idle(b, processes)
+			testnet.Idle(b, processes)
 			first := bind(b, "udp4", "127.0.0.1:0", reuseport)
 			for range 99 {
 				bind(b, "udp4", local(first).String(), reuseport)
@@ -602,25 +602,5 @@ func BenchmarkFind(b *testing.B) {
 				})
 			}
 		})
-	}
-}
-
-// idle starts processes that do nothing until the benchmark ends. They are not
-// this process's children, of which it would have a descriptor each.
-func idle(b *testing.B, n int) {
-	b.Helper()
-	const script = `exec 3<&0; i=0; while [ $i -lt "$1" ]; do cat <&3 & i=$((i+1)); done; echo started; wait`
-	cmd := exec.Command("sh", "-c", script, "sh", fmt.Sprint(n))
-	stdin, err := cmd.StdinPipe()
-	must(b, err)
-	stdout, err := cmd.StdoutPipe()
-	must(b, err)
-	must(b, cmd.Start())
-	b.Cleanup(func() {
-		stdin.Close()
-		cmd.Wait()
-	})
-	if _, err := stdout.Read(make([]byte, 16)); err != nil {
-		b.Fatal(err)
 	}
 }

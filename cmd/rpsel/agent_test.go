@@ -86,7 +86,13 @@ func removeRunDir(t testing.TB, bpffs string) {
 // many living listeners, all registered.
 func awaitListeners(t testing.TB, ns *testnet.NetNS, bpffs string, port uint16, n int) {
 	t.Helper()
-	s := scope{port: port, netns: ns.Path(), bpffs: bpffs}
+	if err := await(scope{port: port, netns: ns.Path(), bpffs: bpffs}, n); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// await is awaitListeners for a port that is given otherwise.
+func await(s scope, n int) error {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		groups, err := s.open()
 		var list []loader.Status
@@ -106,10 +112,10 @@ func awaitListeners(t testing.TB, ns *testnet.NetNS, bpffs string, port uint16, 
 			}
 		}
 		if alive == n {
-			return
+			return nil
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %d listeners: there are %d, %v, %+v", n, alive, err, list)
+			return fmt.Errorf("waited in vain for %d listeners: %s has %d, %v, %+v", n, &s, alive, err, list)
 		}
 	}
 }

@@ -61,18 +61,6 @@ type capWorld struct {
 	cgroup *os.File // nil: the test's
 }
 
-// buildRpsel builds the command, where every user can execute it.
-func buildRpsel(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(testnet.RunDir(t), "rpsel")
-	cmd := exec.Command("go", "build", "-o", path, ".")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return path
-}
-
 // command is the built command with some capabilities and no others.
 func (w *capWorld) command(have []capability.Capability, args ...string) *exec.Cmd {
 	w.t.Helper()
@@ -441,7 +429,7 @@ func TestCapabilitiesAreListed(t *testing.T) {
 // What needs no capability works without any. check says what is missing.
 func TestNoCapability(t *testing.T) {
 	testnet.Privileged(t)
-	w := newCapWorld(t, buildRpsel(t), capCaller)
+	w := newCapWorld(t, buildCommand(t), capCaller)
 	for _, args := range [][]string{{"version"}, {"completion", "bash"}, {"help"}} {
 		if code, out, talk := w.run(nil, args...); code != exitDone || out == "" {
 			t.Errorf("%v: exit code %d, stdout %q, stderr %q", args, code, out, talk)
@@ -463,7 +451,7 @@ func TestNoCapability(t *testing.T) {
 // which one that is.
 func TestCapabilities(t *testing.T) {
 	testnet.Privileged(t)
-	built := buildRpsel(t)
+	built := buildCommand(t)
 	for _, n := range capability.Needs {
 		trial, ok := capTrials[n.Command]
 		if !ok {

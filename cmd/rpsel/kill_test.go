@@ -51,10 +51,7 @@ type killCase struct {
 // where they went, what comes next succeeds, and nothing is left behind.
 func TestKilledAtEveryStep(t *testing.T) {
 	testnet.Privileged(t)
-	rpsel := filepath.Join(t.TempDir(), "rpsel")
-	if out, err := exec.Command("go", "build", "-tags", "faults", "-o", rpsel, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	rpsel := buildCommand(t, "-tags", "faults")
 	const upgraded = `"attached":true.*"tracked":200,`
 	const newest = "attach --settle 0 --policy newest"
 	attached := []string{"attach --settle 0"}

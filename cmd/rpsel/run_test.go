@@ -262,11 +262,11 @@ func TestRunDebug(t *testing.T) {
 	}
 }
 
-// buildCommand builds rpsel.
-func buildCommand(t testing.TB) string {
+// buildCommand builds rpsel, with flags, where every user can execute it.
+func buildCommand(t testing.TB, flags ...string) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "rpsel")
-	if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+	path := filepath.Join(testnet.RunDir(t), "rpsel")
+	if out, err := exec.Command("go", append([]string{"build", "-o", path}, flags...)...).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
@@ -26,7 +25,6 @@ import (
 	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
-	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -219,28 +217,7 @@ func (w *world) await(ts *testscript.TestScript, args []string) {
 	s := scope{netns: w.ns.Path(), bpffs: bpffs}
 	ts.Check((*protoValue)(&s.proto).Set(args[1]))
 	ts.Check((*portValue)(&s.port).Set(args[2]))
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		groups, err := s.open()
-		var list []loader.Status
-		if err == nil {
-			list, err = statuses(groups)
-			closeAll(groups)
-		}
-		alive := 0
-		for _, status := range list {
-			for _, l := range status.Listeners {
-				if status.Attached && status.Settling == 0 && l.State != "dead" {
-					alive++
-				}
-			}
-		}
-		if alive == n {
-			return
-		}
-		if time.Now().After(deadline) {
-			ts.Fatalf("waited in vain for %d listeners: %s has %d, %v", n, &s, alive, err)
-		}
-	}
+	ts.Check(await(s, n))
 }
 
 // foreign attaches a classic program that picks the first member.

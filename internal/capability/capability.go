@@ -48,7 +48,7 @@ type Need struct {
 // Needs says which capabilities the commands need: all of those and no others,
 // given that the servers are other users' and that the caller may read and write
 // what is concerned of the bpffs, the run directory and cgroup2. The kernel
-// takes CAP_SYS_ADMIN for those in Covers, and to attach programs for
+// takes CAP_SYS_ADMIN for those in covered, and to attach programs for
 // CAP_NET_ADMIN, so they are not listed beside it.
 // Commands that are not listed need nothing. TestCapabilities of cmd/rpsel tries
 // each line.
@@ -78,9 +78,9 @@ var Needs = []Need{
 	{"demo", []Capability{NetAdmin, SysAdmin}},
 }
 
-// Covers lists what the kernel takes CAP_SYS_ADMIN for (include/linux/capability.h
+// covered lists what the kernel takes CAP_SYS_ADMIN for (include/linux/capability.h
 // bpf_capable and perfmon_capable).
-var Covers = []Capability{BPF, Perfmon}
+var covered = []Capability{BPF, Perfmon}
 
 // Commands lists the commands that need a capability, each case only if the
 // command does not need it anyway.
@@ -110,7 +110,7 @@ func (c Capability) Effective() (bool, error) {
 }
 
 // Covered tells whether the kernel takes CAP_SYS_ADMIN for the capability.
-func (c Capability) Covered() bool { return slices.Contains(Covers, c) }
+func (c Capability) Covered() bool { return slices.Contains(covered, c) }
 
 // Missing names those of the capabilities that the calling thread does not have
 // in effect, nor CAP_SYS_ADMIN that would cover them.

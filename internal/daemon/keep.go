@@ -174,7 +174,7 @@ func (k *keeper) register(live sockets.Group, state *group) error {
 		if _, ok := slots[m.Cookie]; ok || len(m.Holders) == 0 {
 			continue
 		}
-		conn, err := takeAny(m)
+		conn, err := m.Take()
 		if errors.Is(err, sockets.ErrGone) {
 			continue
 		}
@@ -205,17 +205,6 @@ func (k *keeper) register(live sockets.Group, state *group) error {
 		}
 	}
 	return nil
-}
-
-// takeAny borrows a socket from any of its holders.
-func takeAny(m sockets.Socket) (conn *sockets.Conn, err error) {
-	err = sockets.ErrGone
-	for _, h := range m.Holders {
-		if conn, err = sockets.Take(h, m.Cookie); err == nil {
-			return conn, nil
-		}
-	}
-	return nil, err
 }
 
 // warnOwners tells of groups that are kept apart by their owners alone.

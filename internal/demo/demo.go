@@ -337,7 +337,7 @@ func attach() error {
 	if err != nil {
 		return err
 	}
-	conn, err := sockets.Take(g.Members[0].Holders[0], g.Members[0].Cookie)
+	conn, err := g.Members[0].Take()
 	if err != nil {
 		return err
 	}

@@ -2,9 +2,6 @@ package force
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
-	"fmt"
 	"os"
 	"syscall"
 
@@ -37,20 +34,8 @@ func (h Handler) handle(ctx context.Context, r *ringbuf.Reader) error {
 	if h.Start != nil {
 		h.Start()
 	}
-	var record ringbuf.Record
 	var listening []watch.Event
-	for {
-		err := r.ReadInto(&record)
-		if errors.Is(err, ringbuf.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read events: %w", err)
-		}
-		var raw bpf.WatchEvent
-		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &raw); err != nil {
-			return fmt.Errorf("read events: %w", err)
-		}
+	return watch.Read(r, func(raw bpf.WatchEvent, last bool) {
 		event := watch.EventOf(raw)
 		switch {
 		case raw.Binding == 0:
@@ -58,13 +43,13 @@ func (h Handler) handle(ctx context.Context, r *ringbuf.Reader) error {
 		case h.Binding != nil:
 			h.Binding(event, optionError(raw))
 		}
-		if record.Remaining == 0 && len(listening) > 0 {
+		if last && len(listening) > 0 {
 			if h.Listening != nil {
 				h.Listening(listening)
 			}
 			listening = nil
 		}
-	}
+	})
 }
 
 // optionError says which option could not be set.

@@ -393,7 +393,7 @@ func (w *world) socket(p *process) (sockets.Group, sockets.Socket) {
 func (w *world) option(p *process, option int) int {
 	w.t.Helper()
 	_, s := w.socket(p)
-	conn, err := sockets.Take(s.Holders[0], s.Cookie)
+	conn, err := s.Take()
 	must(w.t, err)
 	defer conn.Close()
 	raw, err := conn.SyscallConn()

@@ -162,7 +162,7 @@ func dirOf(bpffs string, key sockets.Key) string {
 
 // onSocket lends f a socket of another process.
 func onSocket(m sockets.Socket, f func(fd int) error) error {
-	conn, err := sockets.Take(m.Holders[0], m.Cookie)
+	conn, err := m.Take()
 	if err != nil {
 		return err
 	}

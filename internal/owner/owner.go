@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"os/user"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -47,27 +46,6 @@ func Name(uid uint32) string {
 		return u.Username
 	}
 	return number
-}
-
-// All lists the owners of all groups on a BPF file system, each once. A group
-// that cannot be opened has none.
-func All(fs loader.FS) ([]uint32, error) {
-	keys, err := fs.Keys(0)
-	if err != nil {
-		return nil, err
-	}
-	var uids []uint32
-	for _, key := range keys {
-		g, err := fs.Open(key)
-		if err != nil {
-			continue
-		}
-		if uid, ok := g.Owner(); ok && !slices.Contains(uids, uid) {
-			uids = append(uids, uid)
-		}
-		g.Close()
-	}
-	return uids, nil
 }
 
 // Groups handles the requests of owners for the groups on a BPF file system.

@@ -42,8 +42,7 @@ func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, s *testnet.Server, o 
 	if err != nil || len(groups) != 1 {
 		t.Fatalf("groups on %s: %v, %v", s.Addr, groups, err)
 	}
-	m := groups[0].Members[0]
-	conn, err := sockets.Take(m.Holders[0], m.Cookie)
+	conn, err := sockets.TakeMember(groups[0])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,22 +55,17 @@ func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, s *testnet.Server, o 
 	return g
 }
 
-// open opens the doors of all owners on the bpffs, as the agent does.
-func open(t *testing.T, fs loader.FS, dir string) *door.Door {
+// open opens doors for owners, as the agent does.
+func open(t *testing.T, fs loader.FS, dir string, uids ...uint32) {
 	t.Helper()
 	d, err := door.Open(dir, owner.Groups{FS: fs})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.Close() })
-	uids, err := owner.All(fs)
-	if err != nil {
-		t.Fatal(err)
-	}
 	if err := d.SetOwners(uids); err != nil {
 		t.Fatal(err)
 	}
-	return d
 }
 
 func ptr(uid uint32) *uint32 { return &uid }
@@ -102,7 +96,7 @@ func TestWithoutPrivileges(t *testing.T) {
 	fs := loader.FS(bpffs)
 	old := serve(t, ns, "old", 3, udp)
 	g := attach(t, fs, ns, old, loader.Options{Owner: ptr(nobody)})
-	open(t, fs, dir)
+	open(t, fs, dir, nobody)
 
 	late := serve(t, ns, "late", 1, udp)
 	powerless(t, late, bpffs)
@@ -182,7 +176,7 @@ func TestRefused(t *testing.T) {
 	attach(t, fs, ns, serve(t, ns, "others", 1, others), loader.Options{})
 	lone := udp
 	lone.Addr = "127.0.0.5:1194"
-	open(t, fs, dir)
+	open(t, fs, dir, nobody, 0)
 	before, err := g.Status()
 	if err != nil {
 		t.Fatal(err)
@@ -240,8 +234,7 @@ func TestRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := groups[0].Members[0]
-		conn, err := sockets.Take(m.Holders[0], m.Cookie)
+		conn, err := sockets.TakeMember(groups[0])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -333,7 +326,7 @@ func TestAnotherUser(t *testing.T) {
 	ns, fs, dir := testnet.New(t), loader.FS(testnet.BPFFS(t)), testnet.RunDir(t)
 	given := serve(t, ns, "given", 1, udp)
 	attach(t, fs, ns, given, loader.Options{Owner: ptr(nobody)})
-	open(t, fs, dir)
+	open(t, fs, dir, nobody)
 	path := door.Path(dir, nobody)
 
 	var stat unix.Stat_t
@@ -369,8 +362,7 @@ func TestAnotherUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := groups[0].Members[0]
-	conn, err := sockets.Take(m.Holders[0], m.Cookie)
+	conn, err := sockets.TakeMember(groups[0])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -417,7 +409,7 @@ func TestOtherNamespaces(t *testing.T) {
 	ns, fs, dir := testnet.New(t), loader.FS(testnet.BPFFS(t)), testnet.RunDir(t)
 	old := serve(t, ns, "old", 2, udp)
 	g := attach(t, fs, ns, old, loader.Options{Owner: ptr(nobody)})
-	open(t, fs, dir)
+	open(t, fs, dir, nobody)
 
 	contained := udp
 	inside := testnet.RunDir(t)

@@ -26,10 +26,15 @@ type work struct {
 	Names []string // of the sockets, in the order they are bound
 }
 
-// Main is a TestMain for packages whose tests start servers.
+// Main is a TestMain for packages whose tests start servers or Build the command.
 func Main(m *testing.M) {
 	MaybeServe()
-	os.Exit(m.Run())
+	code := m.Run()
+	if err := os.RemoveAll(buildDir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // MaybeServe turns the process into a server and does not return, if

@@ -136,8 +136,20 @@ func (w *Watcher) Run(ctx context.Context, f func([]Event)) error {
 	defer context.AfterFunc(ctx, func() { r.Close() })()
 	defer context.AfterFunc(w.closing, func() { r.Close() })()
 
-	var record ringbuf.Record
 	var events []Event
+	return Read(r, func(raw bpf.WatchEvent, last bool) {
+		events = append(events, EventOf(raw))
+		if last {
+			f(events)
+			events = nil
+		}
+	})
+}
+
+// Read gives f what the programs report (bpf/event.h), until the reader is
+// closed. The last is the last that has come up to then.
+func Read(r *ringbuf.Reader, f func(raw bpf.WatchEvent, last bool)) error {
+	var record ringbuf.Record
 	for {
 		err := r.ReadInto(&record)
 		if errors.Is(err, ringbuf.ErrClosed) {
@@ -150,11 +162,7 @@ func (w *Watcher) Run(ctx context.Context, f func([]Event)) error {
 		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &raw); err != nil {
 			return fmt.Errorf("read events: %w", err)
 		}
-		events = append(events, EventOf(raw))
-		if record.Remaining == 0 {
-			f(events)
-			events = nil
-		}
+		f(raw, record.Remaining == 0)
 	}
 }
 

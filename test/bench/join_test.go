@@ -86,7 +86,7 @@ const addr = "127.0.0.1:1194"
 // serve starts a server among idle processes.
 func serve(b *testing.B, processes int) (*testnet.NetNS, *testnet.Server) {
 	b.Helper()
-	idle(b, processes)
+	testnet.Idle(b, processes)
 	ns := testnet.New(b)
 	return ns, testnet.StartGroup(b, ns, 1, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
 }
@@ -147,18 +147,14 @@ func report(b *testing.B, name string, took []time.Duration, percentiles ...int)
 // the group.
 func startAgent(b *testing.B, bpffs string, ns *testnet.NetNS) {
 	b.Helper()
-	dir := b.TempDir()
-	binary, config := filepath.Join(dir, "rpsel"), filepath.Join(dir, "rpsel.toml")
-	if out, err := exec.Command("go", "build", "-o", binary, "github.com/rpsel/rpsel/cmd/rpsel").CombinedOutput(); err != nil {
-		b.Fatalf("%s: %v", out, err)
-	}
+	config := filepath.Join(b.TempDir(), "rpsel.toml")
 	service := fmt.Sprintf("[[service]]\nport = 1194\nnetns = %q\nsettle = \"0s\"\n", ns.Path())
 	must(b, os.WriteFile(config, []byte(service), 0o600))
 	run, err := agent.Dir(bpffs)
 	must(b, err)
 	b.Cleanup(func() { os.RemoveAll(run) })
 
-	cmd := exec.Command(binary, "agent", "--bpffs", bpffs, "--config", config)
+	cmd := exec.Command(testnet.Build(b), "agent", "--bpffs", bpffs, "--config", config)
 	stderr, err := cmd.StderrPipe()
 	must(b, err)
 	must(b, cmd.Start())
@@ -232,7 +228,7 @@ func borrow(e watch.Event) (*sockets.Conn, error) {
 	for _, g := range groups {
 		for _, m := range g.Members {
 			if m.Cookie == e.Cookie {
-				return sockets.Take(m.Holders[0], m.Cookie)
+				return m.Take()
 			}
 		}
 	}
@@ -244,31 +240,10 @@ func attach(b *testing.B, fs loader.FS, ns *testnet.NetNS) {
 	b.Helper()
 	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie()})
 	must(b, err)
-	m := groups[0].Members[0]
-	conn, err := sockets.Take(m.Holders[0], m.Cookie)
+	conn, err := sockets.TakeMember(groups[0])
 	must(b, err)
 	defer conn.Close()
 	group, err := fs.Attach(conn, loader.Options{Settle: -1})
 	must(b, err)
 	group.Close()
-}
-
-// idle starts processes that do nothing until the benchmark ends. They are not
-// this process's children, of which it would have a descriptor each.
-func idle(b *testing.B, n int) {
-	b.Helper()
-	const script = `exec 3<&0; i=0; while [ $i -lt "$1" ]; do cat <&3 & i=$((i+1)); done; echo started; wait`
-	cmd := exec.Command("sh", "-c", script, "sh", fmt.Sprint(n))
-	stdin, err := cmd.StdinPipe()
-	must(b, err)
-	stdout, err := cmd.StdoutPipe()
-	must(b, err)
-	must(b, cmd.Start())
-	b.Cleanup(func() {
-		stdin.Close()
-		cmd.Wait()
-	})
-	if _, err := stdout.Read(make([]byte, 16)); err != nil {
-		b.Fatal(err)
-	}
 }

@@ -16,20 +16,6 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
-// duration is how long the test runs: RPSEL_SOAK, as in "10m", or some seconds.
-func duration(t *testing.T) time.Duration {
-	t.Helper()
-	soak := os.Getenv("RPSEL_SOAK")
-	if soak == "" {
-		return 10 * time.Second
-	}
-	d, err := time.ParseDuration(soak)
-	if err != nil {
-		t.Fatal("RPSEL_SOAK:", err)
-	}
-	return d
-}
-
 // seed is drawn, or RPSEL_CHAOS_SEED.
 func seed(t *testing.T) uint64 {
 	t.Helper()
@@ -60,7 +46,7 @@ func TestChaos(t *testing.T) {
 		t.Fatal(w.explain(err))
 	}
 	actions := w.actions()
-	for end := time.Now().Add(duration(t)); time.Now().Before(end); {
+	for end := time.Now().Add(testnet.Soak(t, 10*time.Second)); time.Now().Before(end); {
 		w.next()
 		a := w.draw(actions)
 		w.done[a.name]++

@@ -6,13 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -22,29 +19,7 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
-// build builds the command once and returns its path.
-var build = sync.OnceValues(func() (path string, err error) {
-	if buildDir, err = os.MkdirTemp("", "rpsel-chaos-"); err != nil {
-		return "", err
-	}
-	path = filepath.Join(buildDir, "rpsel")
-	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/rpsel").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build rpsel: %w\n%s", err, out)
-	}
-	return path, nil
-})
-
-var buildDir string // set by build
-
-func TestMain(m *testing.M) {
-	testnet.MaybeServe()
-	code := m.Run()
-	if err := os.RemoveAll(buildDir); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // world is the group, its clients, and what is known of both.
 type world struct {
@@ -66,12 +41,8 @@ type world struct {
 func newWorld(t testing.TB, seed uint64) *world {
 	t.Helper()
 	testnet.Privileged(t)
-	path, err := build()
-	if err != nil {
-		t.Fatal(err)
-	}
 	w := &world{
-		t: t, rng: rand.New(rand.NewPCG(seed, 0)), rpsel: path,
+		t: t, rng: rand.New(rand.NewPCG(seed, 0)), rpsel: testnet.Build(t),
 		ns: testnet.New(t), bpffs: testnet.BPFFS(t), model: newModel(), done: map[string]int{}, took: map[string]time.Duration{},
 	}
 	w.traffic = newTraffic(t, w.ns, 10000+w.rng.IntN(50000))

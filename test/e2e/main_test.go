@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -26,27 +25,8 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
 	}
-	code := m.Run()
-	if err := os.RemoveAll(buildDir); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	testnet.Main(m)
 }
-
-var buildDir string // set by build
-
-// build builds the command once and returns its path.
-var build = sync.OnceValues(func() (path string, err error) {
-	if buildDir, err = os.MkdirTemp("", "rpsel-e2e-"); err != nil {
-		return "", err
-	}
-	path = filepath.Join(buildDir, "rpsel")
-	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/rpsel").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build rpsel: %w\n%s", err, out)
-	}
-	return path, nil
-})
 
 // rpsel is the command, for one port in one namespace with state of its own.
 type rpsel struct {
@@ -61,11 +41,7 @@ type rpsel struct {
 // newRpsel builds the command.
 func newRpsel(t testing.TB, ns *testnet.NetNS, port int) *rpsel {
 	t.Helper()
-	path, err := build()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &rpsel{t: t, path: path, ns: ns, bpffs: testnet.BPFFS(t), port: port}
+	return &rpsel{t: t, path: testnet.Build(t), ns: ns, bpffs: testnet.BPFFS(t), port: port}
 }
 
 func (r *rpsel) args(verb string, args ...string) []string {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/testnet"
 )
 
 // boxUser is the user openvpn of testdata/box.sh.
@@ -30,8 +31,6 @@ type box struct {
 func startBox(t testing.TB, v *vpn, variant, services string) *box {
 	t.Helper()
 	need(t, "systemd-analyze") // and the rest of systemd with it
-	rpsel, err := build()
-	v.must(err)
 	tree := t.TempDir()
 	put := func(path, text string) {
 		path = filepath.Join(tree, path)
@@ -49,7 +48,7 @@ func startBox(t testing.TB, v *vpn, variant, services string) *box {
 		{"../../docs/systemd/rpsel-agent.service", units},
 		{"../../docs/systemd/" + variant + "/.", units},
 		{v.pki.dir + "/.", "etc/openvpn/server"},
-		{rpsel, "usr/bin/rpsel"},
+		{testnet.Build(t), "usr/bin/rpsel"},
 	} {
 		v.must(os.MkdirAll(filepath.Join(tree, filepath.Dir(from.to)), 0o755))
 		if out, err := exec.Command("cp", "-r", from.files, filepath.Join(tree, from.to)).CombinedOutput(); err != nil {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -18,20 +17,6 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/maps"
 )
-
-// duration is how long each test runs: RPSEL_SOAK, as in "10m", or some seconds.
-func duration(t *testing.T) time.Duration {
-	t.Helper()
-	soak := os.Getenv("RPSEL_SOAK")
-	if soak == "" {
-		return 10 * time.Second
-	}
-	d, err := time.ParseDuration(soak)
-	if err != nil {
-		t.Fatal("RPSEL_SOAK:", err)
-	}
-	return d
-}
 
 const (
 	port    = 4711
@@ -218,7 +203,7 @@ func TestFlowsStay(t *testing.T) {
 		mine[localPort(t, fd)] = true
 	}
 	deaths, flushed := 0, 0
-	for end := time.Now().Add(duration(t)); time.Now().Before(end) && !t.Failed(); {
+	for end := time.Now().Add(testnet.Soak(t, 10*time.Second)); time.Now().Before(end) && !t.Failed(); {
 		slot := rng.Uint32N(slots)
 		alive := 0
 		for _, l := range group {
@@ -373,7 +358,7 @@ func TestTwins(t *testing.T) {
 	defer stop.Store(true)
 
 	senders := cpus(t)
-	for end, round := time.Now().Add(duration(t)), uint64(1); time.Now().Before(end) && !t.Failed(); round++ {
+	for end, round := time.Now().Add(testnet.Soak(t, 10*time.Second)), uint64(1); time.Now().Before(end) && !t.Failed(); round++ {
 		for flow := range book.owners {
 			book.owners[flow].Store(nil)
 		}
