@@ -27,7 +27,7 @@ const sweepBuckets = 1 << 14
 // completes what killed commands left, and removes expired flows, in a part of
 // the table at a time (every 30 seconds, on from where the last one of this Group
 // ended). Traffic does not need it, but stays evener by it, and on a group where
-// it runs at least once a day no expired flow is left when the clock wraps.
+// it runs every few hours no expired flow is left when the clock wraps.
 //
 // It is cheap: it takes the lock only if there is something to do.
 //

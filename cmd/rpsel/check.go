@@ -265,21 +265,21 @@ func (c *checker) jit() {
 	}
 }
 
-// cgroup2 finds the hierarchy that run needs.
+// cgroup2 finds the hierarchy that run needs, and the agent to be told of listeners.
 func (c *checker) cgroup2(k kernel) {
 	own, err := cgroup.Own()
 	if err != nil {
-		c.note("cgroup2", "run", false, "%v", err)
+		c.note("cgroup2", "run; agent, or it polls", false, "%v", err)
 		return
 	}
 	old, err := cgroup.OldControllers()
 	switch {
 	case err != nil:
-		c.note("cgroup2", "run", false, "%v", err)
+		c.note("cgroup2", "run; agent, or it polls", false, "%v", err)
 	case old && !k.atLeast(5, 15):
-		c.note("cgroup2", "run", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
+		c.note("cgroup2", "run; agent, or it polls", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
 	default:
-		c.note("cgroup2", "run", true, "%s", own)
+		c.note("cgroup2", "run; agent, or it polls", true, "%s", own)
 	}
 }
 
