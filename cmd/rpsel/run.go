@@ -282,13 +282,8 @@ func (r *registrar) borrow(event watch.Event) (loader.Key, *sockets.Conn, error)
 	if err := socket.Check(); err != nil && !errors.Is(err, sockets.ErrInUse) {
 		return loader.Key{}, nil, err
 	}
-	for _, h := range socket.Holders {
-		var conn *sockets.Conn
-		if conn, err = sockets.Take(h, socket.Cookie); err == nil {
-			return group.Key, conn, nil
-		}
-	}
-	return loader.Key{}, nil, err
+	conn, err := socket.Take()
+	return group.Key, conn, err
 }
 
 // find finds a listener and its group: in the process that bound it, or, in

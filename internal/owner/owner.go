@@ -66,7 +66,7 @@ func (o Groups) Register(p door.Peer, conn syscall.Conn) (slot int, err error) {
 		}
 		// The first socket after the group's last had closed, and the program with
 		// it: the agent, that would attach it again, may not see it.
-		again, err := o.FS.Attach(client{conn, p}, loader.Options{})
+		again, err := o.FS.Attach(client{conn, p}, loader.Options{Again: true})
 		if err != nil {
 			return err
 		}

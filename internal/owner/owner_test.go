@@ -320,6 +320,44 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
+// A group that is detached while its owner registers a socket stays detached.
+func TestDetachedMeanwhile(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	server := serve(t, ns, "server", 2, udp)
+	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := sockets.TakeMember(groups[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	h, peer := owner.Groups{FS: fs}, door.Peer{UID: nobody, PID: server.PID()}
+	refused := 0
+	for range 10 {
+		g := attach(t, fs, ns, server, loader.Options{Owner: ptr(nobody)})
+		g.Close()
+		registered := make(chan error)
+		go func() {
+			_, err := h.Register(peer, conn)
+			registered <- err
+		}()
+		if _, err := fs.Detach(g.Key()); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-registered; errors.Is(err, loader.ErrNotAttached) {
+			refused++
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if keys, err := fs.Keys(0); err != nil || len(keys) != 0 {
+			t.Fatalf("attached again by its owner: %v, %v", keys, err)
+		}
+	}
+	t.Logf("%d of 10 came too late", refused)
+}
+
 // Whoever is not the owner does not get as far as the agent, and root, who may
 // connect, is told that he is somebody else.
 func TestAnotherUser(t *testing.T) {
