@@ -96,11 +96,6 @@ func (c Client) Register(ctx context.Context, conn syscall.Conn) (slot int, err 
 	return c.ask(ctx, door.Register, conn)
 }
 
-// Register is the method of the same name, for the agent in DefaultDir.
-func Register(ctx context.Context, conn syscall.Conn) (slot int, err error) {
-	return Client{}.Register(ctx, conn)
-}
-
 // Drain ends new flows for the socket; it keeps those it has. Draining twice is
 // fine.
 func (c Client) Drain(ctx context.Context, conn syscall.Conn) error {
