@@ -3,7 +3,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"os"
 	"syscall"
 
 	"github.com/cilium/ebpf"
@@ -30,17 +29,11 @@ type Detached struct {
 // sockets.ErrUnseen if the group cannot be seen from this pid namespace.
 func (fs FS) Detach(key Key) (Detached, error) {
 	d := Detached{Key: key}
-	l, err := fs.lock(key.NetNS)
-	if errors.Is(err, os.ErrNotExist) {
-		return d, fmt.Errorf("%s: %w", key, ErrNotAttached)
-	}
+	l, err := fs.lockGroup(key)
 	if err != nil {
-		return d, fmt.Errorf("detach %s: %w", key, err)
+		return d, fmt.Errorf("detach %w", err)
 	}
 	defer l.unlock()
-	if err := fs.sweepAside(key.NetNS); err != nil {
-		return d, fmt.Errorf("detach %s: remove what a killed command left: %w", key, err)
-	}
 
 	p, err := fs.pinned(key)
 	if errors.Is(err, ErrNotAttached) || errors.Is(err, ErrPermission) || errors.Is(err, ErrNewer) {

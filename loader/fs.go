@@ -236,6 +236,23 @@ func (fs FS) sweepAside(netns uint64) error {
 	return nil
 }
 
+// lockGroup takes the lock for a group that has state, and clears up what killed
+// commands left.
+func (fs FS) lockGroup(key Key) (*lock, error) {
+	l, err := fs.lock(key.NetNS)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", key, err)
+	}
+	if err := fs.sweepAside(key.NetNS); err != nil {
+		l.unlock()
+		return nil, fmt.Errorf("%s: clear up after a killed command: %w", key, err)
+	}
+	return l, nil
+}
+
 // supersedes reports whether the state in a directory aside is the one in force:
 // of an upgrade that has attached its program, and not put its state in place
 // yet. Only an upgrade has both at a time.

@@ -62,17 +62,11 @@ func (fs FS) Upgrade(key Key, o UpgradeOptions) (Upgraded, error) {
 		return u, fmt.Errorf("flows %d: use %d to %d", o.Flows, MinFlows, MaxFlows)
 	}
 	if !o.DryRun {
-		l, err := fs.lock(key.NetNS)
-		if errors.Is(err, os.ErrNotExist) {
-			return u, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
-		}
+		l, err := fs.lockGroup(key)
 		if err != nil {
-			return u, fmt.Errorf("upgrade %s: %w", key, err)
+			return u, fmt.Errorf("upgrade %w", err)
 		}
 		defer l.unlock()
-		if err := fs.sweepAside(key.NetNS); err != nil {
-			return u, fmt.Errorf("upgrade %s: clear up after a killed command: %w", key, err)
-		}
 	}
 	old, err := fs.pinned(key)
 	if err != nil {

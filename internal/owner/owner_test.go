@@ -34,10 +34,9 @@ func serve(t *testing.T, ns *testnet.NetNS, name string, n int, o testnet.Server
 	return testnet.StartGroup(t, ns, n, o)
 }
 
-// attach attaches the group that a server's socket is in.
-func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, s *testnet.Server, o loader.Options) *loader.Group {
+// take borrows a socket of the group that a server's sockets are in.
+func take(t *testing.T, ns *testnet.NetNS, s *testnet.Server) *sockets.Conn {
 	t.Helper()
-	o.Settle = -1
 	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Addr: s.Addr.Addr(), Port: s.Addr.Port()})
 	if err != nil || len(groups) != 1 {
 		t.Fatalf("groups on %s: %v, %v", s.Addr, groups, err)
@@ -46,6 +45,15 @@ func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, s *testnet.Server, o 
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// attach attaches that group.
+func attach(t *testing.T, fs loader.FS, ns *testnet.NetNS, s *testnet.Server, o loader.Options) *loader.Group {
+	t.Helper()
+	o.Settle = -1
+	conn := take(t, ns, s)
 	defer conn.Close()
 	g, err := fs.Attach(conn, o)
 	if err != nil {
@@ -228,19 +236,6 @@ func TestRefused(t *testing.T) {
 	local := os.NewFile(uintptr(pair[0]), "socket pair")
 	defer local.Close()
 	defer unix.Close(pair[1])
-	take := func(s *testnet.Server) syscall.Conn {
-		t.Helper()
-		groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Addr: s.Addr.Addr(), Port: s.Addr.Port()})
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn, err := sockets.TakeMember(groups[0])
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		return conn
-	}
 	client := dial("udp4", "127.0.0.1:1194")
 	for _, c := range []struct {
 		name string
@@ -251,8 +246,8 @@ func TestRefused(t *testing.T) {
 		{"no socket", door.Peer{UID: nobody}, file, "the descriptor is not a socket"},
 		{"neither UDP nor TCP", door.Peer{UID: nobody}, local, "neither IPv4 nor IPv6"},
 		{"another user's socket", door.Peer{UID: nobody}, client, "the socket is uid 0's, you are uid 65534"},
-		{"the user's socket, sent by root", door.Peer{UID: 0}, take(given), "the socket is uid 65534's, you are uid 0"},
-		{"the user's socket, sent by another", door.Peer{UID: 1000}, take(given), "the socket is uid 65534's, you are uid 1000"},
+		{"the user's socket, sent by root", door.Peer{UID: 0}, take(t, ns, given), "the socket is uid 65534's, you are uid 0"},
+		{"the user's socket, sent by another", door.Peer{UID: 1000}, take(t, ns, given), "the socket is uid 65534's, you are uid 1000"},
 		{"root's connection to a given port", door.Peer{UID: 0}, dial("tcp4", "127.0.0.1:4433"), "no rpsel state"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -324,15 +319,7 @@ func TestAccepted(t *testing.T) {
 func TestDetachedMeanwhile(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	server := serve(t, ns, "server", 2, udp)
-	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := sockets.TakeMember(groups[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := take(t, ns, server)
 	h, peer := owner.Groups{FS: fs}, door.Peer{UID: nobody, PID: server.PID()}
 	refused := 0
 	for range 10 {
@@ -396,16 +383,7 @@ func TestAnotherUser(t *testing.T) {
 	}
 	defer c.Close()
 	// The user hands it his own socket through root's connection: the kernel noted root.
-	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194, Addr: given.Addr.Addr()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := sockets.TakeMember(groups[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	raw, err := conn.SyscallConn()
+	raw, err := take(t, ns, given).SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
