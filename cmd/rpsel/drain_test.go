@@ -25,7 +25,8 @@ func (w *onText) Write(p []byte) (int, error) {
 }
 
 // The wait ends well when the listener dies meanwhile, with flows that are far
-// from idle. The control is one that lives, whose flows are waited for.
+// from idle, also if another one has its slot at once. The control is one that
+// lives, whose flows are waited for.
 func TestDrainWaitsForTheListener(t *testing.T) {
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
 	options := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true}
@@ -45,7 +46,15 @@ func TestDrainWaitsForTheListener(t *testing.T) {
 		t.Errorf("it lives: exit code %d, %s", code, talk)
 	}
 	waited := false
-	code, talk := drain(dies, "1m", func() { waited = true; dies.Kill() })
+	code, talk := drain(dies, "10s", func() {
+		waited = true
+		dies.Kill()
+		testnet.StartServer(t, ns, options)
+		if code, _, talk := rpsel(append([]string{"attach"}, where...)...); code != exitDone {
+			t.Error(talk)
+		}
+		testnet.NewClients(t, ns, 100, options.Addr).Ask()
+	})
 	if code != exitDone || !waited {
 		t.Errorf("it died: exit code %d, waited: %v, %s", code, waited, talk)
 	}

@@ -93,8 +93,9 @@ func TestNamespaceStays(t *testing.T) {
 	a.awaitSaid(`msg="attached again"`)
 }
 
-// SIGHUP: what is new is attached, what is gone stays attached, times change,
-// what is fixed is told, and a wrong file changes nothing.
+// SIGHUP: what is new is attached, what is gone stays attached, times change
+// without another time of settling, what is fixed is told, and a wrong file
+// changes nothing.
 func TestReload(t *testing.T) {
 	ns, fs := testnet.New(t), testnet.BPFFS(t)
 	for _, port := range []string{"1194", "1195"} {
@@ -116,7 +117,7 @@ func TestReload(t *testing.T) {
 	if s, _ := status(t, a.fs, one); s.Idle != time.Minute {
 		t.Errorf("after a wrong file: %+v", s)
 	}
-	reload(service(ns, 1194, `settle = "0s"`, `idle = "2m"`, `flows = 2000`)+service(ns, 1195, `settle = "0s"`), "flows 2000: fixed while attached, with 1000")
+	reload(service(ns, 1194, `settle = "1m"`, `idle = "2m"`, `flows = 2000`)+service(ns, 1195, `settle = "0s"`), "flows 2000: fixed while attached, with 1000")
 	a.awaitListeners(two, 2)
 	await(t, "the new time", func() bool {
 		s, _ := status(t, a.fs, one)
