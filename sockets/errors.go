@@ -3,6 +3,8 @@ package sockets
 import (
 	"errors"
 	"fmt"
+	"os"
+	"strconv"
 	"strings"
 
 	"github.com/rpsel/rpsel/internal/capability"
@@ -45,9 +47,46 @@ var (
 	ErrOtherUID = errors.New("socket of another user: start all servers of the port as one user")
 )
 
+// oneUser is the way out of trouble with owners.
+const oneUser = `start all servers as one user (OpenVPN: no "user nobody", but User= in its unit)`
+
 // DescribeOwners says what comes of servers of one address that belong to
 // different users.
 func DescribeOwners(uids []uint32) string {
-	return fmt.Sprintf("sockets of different users (uid %s) share no group: start all servers as one user (OpenVPN: no \"user nobody\", but User= in its unit)",
-		strings.Trim(strings.ReplaceAll(fmt.Sprint(uids), " ", ", "), "[]"))
+	return fmt.Sprintf("sockets of different users (uid %s) share no group: %s",
+		strings.Trim(strings.ReplaceAll(fmt.Sprint(uids), " ", ", "), "[]"), oneUser)
+}
+
+// Renounced says of each member whose processes have all become another user
+// than its owner, in a line, what comes of it: that a socket it binds anew, as
+// OpenVPN does at SIGUSR1, cannot join the group.
+func (g Group) Renounced() (warnings []string) {
+	for _, m := range g.Members {
+		become, all := uint32(0), len(m.Holders) > 0
+		for _, h := range m.Holders {
+			uid, err := fsuid(h.PID)
+			become, all = uid, all && err == nil && uid != g.UID
+		}
+		if all {
+			warnings = append(warnings, fmt.Sprintf("%s has become uid %d since its socket was opened by uid %d: a socket that it binds anew cannot join the group: %s",
+				m.Holders[0], become, g.UID, oneUser))
+		}
+	}
+	return warnings
+}
+
+// fsuid is the user whom the sockets of a process belong to (proc_pid_status(5),
+// Uid; net/socket.c sock_alloc).
+func fsuid(pid int) (uint32, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if f := strings.Fields(line); len(f) == 5 && f[0] == "Uid:" {
+			uid, err := strconv.ParseUint(f[4], 10, 32)
+			return uint32(uid), err
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/status names no user", pid)
 }

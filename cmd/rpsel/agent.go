@@ -45,8 +45,9 @@ they are named after the flags of "rpsel attach":
   force = true         # pin programs for BPFProgram= of systemd
 
 SIGHUP makes the agent read it again; with a wrong one all stays as it was. What
-is attached stays so when its service is removed. "rpsel check --config" looks
-for mistakes.
+is attached stays so when its service is removed; what "rpsel detach" takes off
+while it has a service is attached again. "rpsel check --config" looks for
+mistakes.
 
 Listeners are reported by programs on a cgroup2 directory. Where another tool's
 program there leaves no place for them, or there is no cgroup2, the agent asks

@@ -201,10 +201,14 @@ func (s *scope) find() ([]sockets.Group, error) {
 	return groups, nil
 }
 
-// warnOwners tells of sockets that can never be in one group.
+// warnOwners tells of sockets that can never be in one group, and of servers
+// whose next one cannot.
 func (a *attachment) warnOwners(groups []sockets.Group) {
 	var owners []uint32
 	for _, g := range groups {
+		for _, warning := range g.Renounced() {
+			a.env.warn("%s: %s", a.groupName(g.Key), warning)
+		}
 		if !slices.Contains(owners, g.UID) {
 			owners = append(owners, g.UID)
 		}

@@ -15,6 +15,9 @@ import (
 	"github.com/rpsel/rpsel/internal/door"
 )
 
+// ErrRunning: another agent keeps this BPF file system.
+var ErrRunning = errors.New("an agent is running")
+
 // Mode is how an agent learns of new listeners.
 type Mode string
 
@@ -43,8 +46,7 @@ type claim struct {
 	lock *os.File
 }
 
-// newClaim makes the run directory and takes its lock. It fails if another agent
-// has that.
+// newClaim makes the run directory and takes its lock.
 func newClaim(bpffs string) (*claim, error) {
 	dir, err := agent.Dir(bpffs)
 	if err != nil {
@@ -59,7 +61,7 @@ func newClaim(bpffs string) (*claim, error) {
 	}
 	err = unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
 	if errors.Is(err, unix.EAGAIN) {
-		err = fmt.Errorf("an agent is running%s: stop it first, or name another BPF file system with --bpffs", holder(dir))
+		err = fmt.Errorf("%w%s: stop it first, or name another BPF file system with --bpffs", ErrRunning, holder(dir))
 	}
 	if err != nil {
 		lock.Close()

@@ -52,10 +52,8 @@ const grace = time.Second
 // Run keeps the groups of a BPF file system until the context ends, which is no
 // error. It leaves everything as it is then: traffic goes on.
 //
-// There is one agent per BPF file system: another one is named. Other errors:
-// config.ErrInvalid, fs.ErrNotExist (the file, the cgroup),
-// cgroup.ErrNotCgroup2, loader.ErrNoBPFFS, loader.ErrPermission,
-// sockets.ErrUnsupported.
+// Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file, the cgroup),
+// cgroup.ErrNotCgroup2, loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
 func Run(ctx context.Context, o Options) error {
 	services, err := load(o)
 	if err != nil {

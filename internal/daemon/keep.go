@@ -49,6 +49,9 @@ func (k *keeper) keep(live sockets.Group) {
 	// group.
 	k.fails(fmt.Sprint("keep ", live.Key, live.Kernel), err, k.attrs(live)...)
 	k.warnOwners(live.Key)
+	for _, warning := range live.Renounced() {
+		k.complains(warning, warning, k.attrs(live)...)
+	}
 }
 
 // service finds the service that a group belongs to, nil if there is none.
@@ -171,7 +174,8 @@ func (k *keeper) register(live sockets.Group, state *group) error {
 	var members []sockets.Socket
 	var conns []syscall.Conn
 	for _, m := range live.Members {
-		if _, ok := slots[m.Cookie]; ok || len(m.Holders) == 0 {
+		// Of a server that has just died the agent may be the last holder.
+		if _, ok := slots[m.Cookie]; ok || len(m.Holders) == 0 || m.Holders[0].PID == pid {
 			continue
 		}
 		conn, err := m.Take()

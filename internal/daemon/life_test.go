@@ -2,7 +2,9 @@ package daemon
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -448,6 +450,55 @@ func TestOtherOwner(t *testing.T) {
 	a.awaitListeners(other, 2)
 	if n := strings.Count(a.said(), warning); n != 1 {
 		t.Errorf("warned %d times", n)
+	}
+}
+
+// The agent ends although somebody else has the lock that it waits for.
+func TestEndsWhileLocked(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	key := keyOf(ns, loader.UDP, addr)
+	first := testnet.StartGroup(t, ns, 2, options)
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`))
+	a.awaitListeners(key, 2)
+	dir, err := os.Open(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	await(t, "the lock", func() bool { return unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil })
+	clients := testnet.NewClients(t, ns, 100, addr)
+	before := clients.Ask()
+	testnet.StartServer(t, ns, options)
+	first.Close(0)
+	a.stop()
+	if strings.Contains(a.said(), "locked by another") {
+		t.Error("it waited for the lock as long as anybody does")
+	}
+	if moved := testnet.Moved(before, clients.Ask(), "s0"); moved != 0 {
+		t.Errorf("%d flows moved", moved)
+	}
+}
+
+// There is one agent per BPF file system, and whoever looks finds it as long as
+// it lives.
+func TestOneAtATime(t *testing.T) {
+	fs := testnet.BPFFS(t)
+	if info, err := Running(fs); info != nil || err != nil {
+		t.Errorf("before: %+v, %v", info, err)
+	}
+	a := start(t, fs, "")
+	if info := running(t, fs); info != (Info{PID: os.Getpid(), Mode: Events}) {
+		t.Errorf("it says %+v", info)
+	}
+	err := Run(t.Context(), Options{FS: loader.FS(fs), Config: a.config, Log: slog.New(slog.DiscardHandler)})
+	if want := fmt.Sprintf("an agent is running (pid %d)", os.Getpid()); !errors.Is(err, ErrRunning) || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("the second: %v, want %s", err, want)
+	}
+	start(t, testnet.BPFFS(t), "") // another file system is another agent's
+	a.stop()
+	if info, err := Running(fs); info != nil || err != nil {
+		t.Errorf("after: %+v, %v", info, err)
 	}
 }
 

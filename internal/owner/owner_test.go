@@ -418,6 +418,42 @@ func asUser(uid int, f func() error) error {
 	return <-done
 }
 
+// The last socket of a group had closed, and the program went with the kernel's
+// group. The first that comes back attaches it again by registering; the control
+// is that plain Linux moves its flows when it has company.
+func TestComesBack(t *testing.T) {
+	ns, fs, dir := testnet.New(t), loader.FS(testnet.BPFFS(t)), testnet.RunDir(t)
+	old := serve(t, ns, "old", 1, udp)
+	g := attach(t, fs, ns, old, loader.Options{Owner: ptr(nobody)})
+	open(t, fs, dir, nobody)
+	old.Kill()
+	back := serve(t, ns, "back", 3, udp)
+	if s, err := g.Status(); err != nil || s.Attached {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if _, err := back.AskAgent(0, "register", dir); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := g.Status(); err != nil || !s.Attached || len(s.Unregistered) > 0 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	clients := testnet.NewClients(t, ns, 200, udp.Addr)
+	before := clients.Ask()
+	back.Close(0)
+	after := clients.Ask()
+	if moved := testnet.Moved(before, after, "back0"); moved != 0 || testnet.Shares(after)[""] != 0 {
+		t.Errorf("%d flows moved, answers from %v", moved, testnet.Shares(after))
+	}
+	if _, err := fs.Detach(g.Key()); err != nil {
+		t.Fatal(err)
+	}
+	before = clients.Ask()
+	serve(t, ns, "more", 1, udp)
+	if moved := testnet.Moved(before, clients.Ask()); moved == 0 {
+		t.Error("no flow moved without a program")
+	}
+}
+
 // A server in another network namespace, another mount namespace, where only its
 // socket is, under another path, and another pid namespace: all is read from the
 // descriptor.

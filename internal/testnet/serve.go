@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/agent"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 // envServe makes a test binary a server. It holds the work as JSON.
@@ -115,7 +117,7 @@ func (w *work) serve() error {
 					err = add(name)
 				} else if _, err = fmt.Sscanf(order, "close %d", &index); err == nil {
 					delete(names, listeners[index])
-					err = unix.Close(listeners[index])
+					err = w.close(listeners[index])
 				} else if _, err = fmt.Sscanf(order, "ask %d", &index); err == nil {
 					fmt.Println(askAgent(listeners[index], strings.Fields(order)[2:]))
 					continue
@@ -242,6 +244,31 @@ func (w *work) bind() (int, error) {
 	}
 	w.Addr = addr.String()
 	return fd, nil
+}
+
+// close closes a listener, and waits until it is gone: a search of all processes
+// that looks at it just now, of a test of another package perhaps, keeps it
+// alive until the search ends.
+func (w *work) close(fd int) error {
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	if err != nil {
+		return os.NewSyscallError("getsockopt", err)
+	}
+	if err := unix.Close(fd); err != nil {
+		return os.NewSyscallError("close", err)
+	}
+	proto := sockets.UDP
+	if w.stream() {
+		proto = sockets.TCP
+	}
+	port := netip.MustParseAddrPort(w.Addr).Port()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		left, err := sockets.Bound(proto, port)
+		if err != nil || !slices.Contains(left, cookie) {
+			return err
+		}
+	}
+	return fmt.Errorf("the listener with cookie %d is still there %v after its close", cookie, patience)
 }
 
 // sockaddr is the address for system calls.

@@ -266,15 +266,9 @@ func (w *world) actions() []action {
 		}},
 		{"weight", when(9, func() bool { return canDrain() && w.weights }), func() error {
 			weight := 1 << w.rng.IntN(3)
-			if err := w.alter(pick(w, w.serving(false)), "weight", func(ls ...*listener) { w.weightSet(weight, ls...) }, strconv.Itoa(weight)); err != nil || w.rng.IntN(3) > 0 {
-				return err
-			}
-			// It takes many flows to tell.
-			if err := w.flushAll(); err != nil {
-				return err
-			}
-			return w.check(everyFlow)
+			return w.alter(pick(w, w.serving(false)), "weight", func(ls ...*listener) { w.weightSet(weight, ls...) }, strconv.Itoa(weight))
 		}},
+		{"weigh all anew", when(1, canDrain), w.weighAll},
 		{"open a generation", when(3, func() bool { return w.newest && w.sticky && len(w.alive()) < most-3 }), func() error {
 			w.start(1 + w.rng.IntN(3))
 			return w.during(func() error {
@@ -338,6 +332,31 @@ func (w *world) upgrade() error {
 		_, err := w.run(0, "upgrade", args...)
 		return err
 	})
+}
+
+// weighAll begins anew, so that no share has been given out but by weight, and
+// looks at all flows: it takes many to tell.
+func (w *world) weighAll() error {
+	if err := w.detach(); err != nil {
+		return err
+	}
+	if err := w.attach(); err != nil {
+		return err
+	}
+	w.weights = true
+	for _, s := range w.processes() {
+		weight := 1 << w.rng.IntN(3)
+		if err := w.alter(s, "weight", func(ls ...*listener) { w.weightSet(weight, ls...) }, strconv.Itoa(weight)); err != nil {
+			return err
+		}
+	}
+	if err := w.learnGenerations(); err != nil {
+		return err
+	}
+	if err := w.flushAll(); err != nil {
+		return err
+	}
+	return w.check(everyFlow)
 }
 
 func (w *world) flushAll() error {

@@ -54,6 +54,7 @@ type model struct {
 	turning      bool // it waits for another one to be complete
 	changed      bool // listeners joined, drained, resumed or were weighed since the attach
 	weighed      bool // weights were given since the attach
+	mended       bool // somebody has died since the attach
 
 	// Who got the flows whose owner was open, since the last step.
 	spread map[origin]map[*listener]int
@@ -184,6 +185,7 @@ func (m *model) died(dead ...*listener) {
 		m.forget()
 		return
 	}
+	m.mended = true
 	for i := range m.flows {
 		f := &m.flows[i]
 		if f.owner != nil && !f.owner.alive {
@@ -195,7 +197,7 @@ func (m *model) died(dead ...*listener) {
 // attached: no flow moves (P0); those who came since take none (P3).
 func (m *model) attached() {
 	if !m.sticky {
-		m.sticky, m.attachedOnce, m.changed, m.weighed, m.turning = true, true, false, false, false
+		m.sticky, m.attachedOnce, m.changed, m.weighed, m.mended, m.turning = true, true, false, false, false, false
 	} else if len(m.unregistered()) > 0 {
 		m.reshare()
 	}
@@ -311,8 +313,8 @@ const doubtless = 30
 // evenly compares how the flows without an owner were spread with what may be.
 //
 // New flows go by the pick table, of which each has its share to some percent
-// (mending draws at random). With weights, mending has given out shares evenly
-// all the same, and only dealing minds the weights.
+// (mending draws at random). Mending does not mind the weights, only dealing
+// does: who has died may have given out its share evenly.
 //
 // The flows of a dead listener go by the entries of the table it had when they
 // came. As long as it has been dying alone, those are dealt evenly. Otherwise,
@@ -333,7 +335,7 @@ func (m *model) evenly() error {
 			due := float64(l.weight) / float64(total)
 			low, high := 0.75*due, 1.3*due
 			switch {
-			case o == fresh && m.weighed:
+			case o == fresh && m.weighed && m.mended:
 				low, high = 0.4*due, 3*due
 			case o == orphan && m.weighed:
 				continue

@@ -167,6 +167,7 @@ func TestOpenVPNUserNobody(t *testing.T) {
 	r.awaitActive(first.cmd.Process.Pid)
 	r.awaitActive(second.cmd.Process.Pid)
 	r.awaitSettled()
+	agent.await(t, "has become uid 65534 since its socket was opened by uid 0")
 	clients := v.connectUntil(6, 2, 1)
 
 	from := v.round()

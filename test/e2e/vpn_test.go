@@ -192,15 +192,16 @@ func shares(clients []*client) map[int]int {
 }
 
 // awaitBack returns the first round from now on in which each of the clients has
-// an answer, after it had none in a round since. It fails the test after a
-// minute.
+// an answer of another server, or any after it had none in a round since. It
+// fails the test after a minute.
 func (v *vpn) awaitBack(clients []*client, since int) (round int) {
 	v.t.Helper()
 	from := v.round()
 	for round := from; round < from+60; round++ {
 		v.finish(round)
 		away := slices.DeleteFunc(slices.Clone(clients), func(c *client) bool {
-			return v.at(c.name, round) != 0 && v.lost(c.name, since, round) > 0
+			server := v.at(c.name, round)
+			return server != 0 && (server != c.first || v.lost(c.name, since, round) > 0)
 		})
 		if len(away) == 0 {
 			return round

@@ -96,6 +96,7 @@ func (g *group) join(slot uint32, conn *net.UDPConn) error {
 		return err
 	}
 	g.listeners.SetState(slot, rpsel.SlotActive)
+	g.listeners.SetRank(slot, rpsel.RankFirst)
 	g.members[slot] = true
 	return g.deal(uint16(slot))
 }

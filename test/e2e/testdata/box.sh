@@ -2,8 +2,8 @@
 # box.sh TREE CGROUP
 #
 # Becomes a systemd as PID 1 of namespaces of its own, in a cgroup2 of its own,
-# with box.target as its only goal. The network namespace is the caller's, which
-# must not be the machine's. Nothing of it is left when this process is killed,
+# with box.target as its only goal. The network namespace must be another one than the
+# parent process's already. Nothing of it is left when this process is killed,
 # but the empty CGROUP.
 #
 # It must not reach the machine's files: a systemd that boots empties /tmp, among
@@ -12,6 +12,10 @@
 set -euo pipefail
 tree=$1 cgroup=$2
 if [ "${3-}" != inside ]; then
+	if [ "$(readlink /proc/self/ns/net)" = "$(readlink /proc/$PPID/ns/net)" ]; then
+		echo "box.sh: it shares the caller's network namespace: start it in one of its own" >&2
+		exit 1
+	fi
 	echo $$ >"$cgroup/cgroup.procs"
 	exec unshare --fork --kill-child --pid --mount --ipc --uts --cgroup --propagation private \
 		/bin/bash "$0" "$tree" "$cgroup" inside
