@@ -70,6 +70,24 @@ func (g *Group) JoinedAgo(seconds uint64) error {
 	return err
 }
 
+// DiedEarlier makes the dead listeners have died some seconds earlier.
+func (g *Group) DiedEarlier(seconds uint32) error {
+	records, err := g.state.listeners.Records()
+	if err != nil {
+		return err
+	}
+	for slot, record := range records {
+		if record.Dead == 0 {
+			continue
+		}
+		record.Died = (record.Died - seconds) & (1<<24 - 1)
+		if err := g.state.listeners.Record(slot, record); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // WaitUntil makes the wait of a group that waits end in some seconds.
 func (g *Group) WaitUntil(left uint32) error {
 	now, err := g.state.now()

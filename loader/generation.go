@@ -2,6 +2,7 @@ package loader
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -99,7 +100,7 @@ func (s *state) newest() batch {
 
 // generationOf says to which generation a listener of a process belongs. A
 // process that has a listener, or had one, stays what it is.
-func (s *state) generationOf(p process, r *roll, boot uint64) uint32 {
+func (s *state) generationOf(p process, r *roll, now uint32, boot uint64) uint32 {
 	generation := uint32(0)
 	for _, record := range r.records {
 		if p.has(record) {
@@ -109,8 +110,44 @@ func (s *state) generationOf(p process, r *roll, boot uint64) uint32 {
 	if generation != 0 {
 		return generation
 	}
+	s.fallBack(r, now, boot)
 	b := s.newest()
 	return b.admit(s.members(r, b.generation), boot)
+}
+
+// fallBack makes an older generation the newest again if nobody is left of the
+// newer ones, and listeners of it died since: whoever joins now comes in their
+// place. A version that was tried and stopped would else make each later crash
+// restart the first of a generation, with all new flows.
+func (s *state) fallBack(r *roll, now uint32, boot uint64) {
+	b, before := s.newest(), latest(s.active(r))
+	if before == 0 || before >= b.generation || b.members == 0 || b.left(boot) > 0 {
+		return
+	}
+	const never = math.MaxInt32
+	ended := int32(never) // so many seconds ago the newest did
+	for slot, record := range r.records {
+		switch {
+		case record.Generation <= before:
+		case r.cookies[slot] != 0:
+			return // it drains
+		default:
+			ended = min(ended, maps.Age(now, record.Died))
+		}
+	}
+	lost := 0
+	for slot, record := range r.records {
+		if record.Generation == before && r.cookies[slot] == 0 && maps.Age(now, record.Died) < ended {
+			lost++
+		}
+	}
+	if lost == 0 || ended == never {
+		return
+	}
+	v := s.config.Values()
+	// Killed in between, the next to join finds what this one found.
+	v.Members = uint32(s.members(r, before) + lost)
+	v.Generation = before
 }
 
 // members counts the listeners of a generation that live and do not drain, those

@@ -256,6 +256,52 @@ func TestRestartOneOfEight(t *testing.T) {
 	}
 }
 
+// A new version was tried and stopped. Of the old one two crash later: what is
+// started then comes in their place, and does not take all new flows. The control
+// is the new version that is tried again while none of the old lacks.
+func TestRestartAfterRollback(t *testing.T) {
+	for _, killed := range []bool{true, false} {
+		t.Run(fmt.Sprint("killed ", killed), func(t *testing.T) {
+			f := newFleet(t)
+			servers := f.start("a", 4)
+			f.attach(newest)
+			f.later()
+			tried := f.start("tried", 1)
+			f.attach(loader.Options{})
+			f.later()
+			tried["tried0"].Kill()
+			f.attach(loader.Options{}) // notes when
+			f.try(f.group.DiedEarlier(2))
+			if !killed {
+				again := f.start("again", 1)
+				f.attach(loader.Options{})
+				f.want("tried again", map[int]int{1: 4, 2: 1})
+				f.turn()
+				f.fresh("tried again", names(again)...)
+				return
+			}
+			for _, name := range []string{"a1", "a3"} {
+				servers[name].Kill()
+				delete(servers, name)
+			}
+			f.attach(loader.Options{})
+			first := f.start("first", 1)
+			f.attach(loader.Options{})
+			f.later()
+			f.want("one is back", map[int]int{1: 3})
+			second := f.start("second", 1)
+			f.attach(loader.Options{})
+			f.later()
+			f.want("both are back", map[int]int{1: 4})
+			f.turn()
+			f.fresh("both are back", names(servers, first, second)...)
+			f.start("new", 1)
+			f.attach(loader.Options{})
+			f.want("a new version", map[int]int{1: 4, 2: 1})
+		})
+	}
+}
+
 // All of the newest died, and more than there were are started: they are one
 // generation, and so is a group of which nobody was left. The control is one that
 // lives, whose generation lacks just one.

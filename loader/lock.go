@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/sockets"
 )
 
 // lockPatience is how long a command waits for another one. Tests are less
@@ -34,7 +37,7 @@ func (fs FS) lockWithin(netns uint64, patience time.Duration) (*lock, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = flockUntil(dir, deadline)
+		err = flockUntil(dir, deadline, patience)
 		if err != nil {
 			dir.Close()
 			return nil, err
@@ -71,8 +74,24 @@ func (fs FS) lockNew(netns uint64) (*lock, error) {
 	}
 }
 
+// AwaitUnlocked waits, for so long at most, until no command changes a group in a
+// network namespace, given by its cookie. It takes nothing: the next may be at
+// it when AwaitUnlocked returns.
+//
+// Errors: ErrLocked.
+func (fs FS) AwaitUnlocked(netns uint64, patience time.Duration) error {
+	l, err := fs.lockWithin(netns, patience)
+	if err == nil {
+		l.unlock()
+	}
+	if errors.Is(err, ErrLocked) {
+		return err
+	}
+	return nil // whoever wants to change something is told of the rest
+}
+
 // flockUntil polls, since flock(2) knows no deadline.
-func flockUntil(dir *os.File, deadline time.Time) error {
+func flockUntil(dir *os.File, deadline time.Time, patience time.Duration) error {
 	for {
 		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		switch {
@@ -84,7 +103,7 @@ func flockUntil(dir *os.File, deadline time.Time) error {
 			return os.NewSyscallError("flock", err)
 		case time.Now().After(deadline):
 			return fmt.Errorf("%w: %s holds %s for more than %v: try again, or look what it waits for",
-				ErrLocked, lockHolder(dir), dir.Name(), lockPatience)
+				ErrLocked, lockHolder(dir), dir.Name(), patience)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
@@ -104,7 +123,7 @@ func lockHolder(dir *os.File) string {
 			continue
 		}
 		command, _ := os.ReadFile("/proc/" + f[4] + "/comm")
-		return fmt.Sprintf("%s (pid %s)", strings.TrimSpace(string(command)), f[4])
+		return fmt.Sprintf("%s (pid %s)", sockets.CommandName(bytes.TrimSpace(command)), f[4])
 	}
 	return "another process"
 }

@@ -224,7 +224,7 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 	if err != nil {
 		return 0, err
 	}
-	generation := s.generationOf(p, r, boot)
+	generation := s.generationOf(p, r, now, boot)
 	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: generation, Joined: now, Pid: p.pid, Started: p.started}
 	if len(m.Holders) > 0 {
 		record.Command = packCommand(m.Holders[0].Command)

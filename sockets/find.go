@@ -11,7 +11,10 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
+	"unicode"
+	"unicode/utf8"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -106,8 +109,20 @@ type Holder struct {
 	PID int
 	// FD is the descriptor's number there.
 	FD int
-	// Command is the process's name, up to 15 bytes (/proc/PID/comm).
+	// Command is the process's name (/proc/PID/comm), as CommandName has it.
 	Command string
+}
+
+// CommandName makes a process's name, up to 15 bytes, fit for a terminal and a
+// line: every process may give itself any name, with line feeds and escape
+// sequences too. What is not printable becomes a question mark.
+func CommandName(comm []byte) string {
+	return strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, string(comm))
 }
 
 // String renders a holder as people write it, such as "openvpn (pid 4711)".
@@ -490,7 +505,7 @@ func socketOf(held []bpf.FindRecord) Socket {
 	}
 	for _, h := range held {
 		comm, _, _ := bytes.Cut(h.Comm[:], []byte{0})
-		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: string(comm)})
+		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: CommandName(comm)})
 	}
 	slices.SortFunc(s.Holders, func(a, b Holder) int {
 		return cmp.Or(cmp.Compare(own(a), own(b)), cmp.Compare(a.PID, b.PID), cmp.Compare(a.FD, b.FD))

@@ -604,3 +604,31 @@ func BenchmarkFind(b *testing.B) {
 		})
 	}
 }
+
+// A process may give itself any name. Those who look at it see one line, and no
+// escape sequence.
+func TestCommandName(t *testing.T) {
+	testnet.Privileged(t)
+	const comm = "/proc/self/comm"
+	name, err := os.ReadFile(comm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.WriteFile(comm, name, 0)
+	if err := os.WriteFile(comm, []byte("\x1b[31m\né\xff 9"), 0); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	port := conn.LocalAddr().(*net.UDPAddr).Port
+	groups, err := sockets.Find(sockets.Query{Proto: sockets.UDP, Port: uint16(port), PID: os.Getpid()})
+	if err != nil || len(groups) != 1 {
+		t.Fatalf("got %d groups, %v", len(groups), err)
+	}
+	if got := groups[0].Members[0].Holders[0].Command; got != "?[31m?é? 9" {
+		t.Errorf("got %q", got)
+	}
+}

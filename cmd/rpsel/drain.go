@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -138,7 +139,8 @@ func newDrainCmd(e *env) *cobra.Command {
 		Short: "End new flows for a listener",
 		Long: `End new flows for a listener. It keeps the flows it has until they go idle, and
 gets new ones only when every other listener drains too. With --wait the command
-returns when the last flow is idle, or the listener is gone.`,
+returns when the last flow is idle, or the listener is gone; it fails when the
+listener is resumed meanwhile, or its group detached.`,
 		Example: `  rpsel drain --port 1194 --slot 0
   rpsel drain --port 1194 --slot 0 --wait --timeout 1h`,
 		Args: noArgs,
@@ -198,7 +200,7 @@ func warnAllDraining(e *env, s *scope, groups []*loader.Group) error {
 }
 
 // awaitDrained waits until none of the listeners has a flow, until the timeout
-// if there is one, or an interrupt.
+// if there is one, or an interrupt. It fails if one does not drain any more.
 func awaitDrained(e *env, s *scope, listeners []chosen, timeout time.Duration) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -221,7 +223,18 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 			if err != nil {
 				return err
 			}
-			if now, ok := listenerIn(status, l.Slot); ok && now.Cookie == l.Cookie && now.State != "dead" {
+			now, alive := living(status, l.Cookie)
+			switch {
+			case !alive:
+				// Its group may have been detached from it instead.
+				open, err := s.fs().Open(l.group.Key())
+				if err != nil {
+					return err
+				}
+				open.Close()
+			case now.State != "draining":
+				return fmt.Errorf("%s: it drains no longer: somebody resumed it, or attached its group anew", l.name(s))
+			default:
 				left += now.Flows
 			}
 		}
@@ -241,6 +254,15 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 			return fmt.Errorf("%s: interrupted with %s left: the listener drains on", s, plural(left, "flow"))
 		}
 	}
+}
+
+// living finds a listener by its socket, unless it is dead.
+func living(s loader.Status, cookie uint64) (loader.Listener, bool) {
+	i := slices.IndexFunc(s.Listeners, func(l loader.Listener) bool { return l.Cookie == cookie && l.State != "dead" })
+	if i < 0 {
+		return loader.Listener{}, false
+	}
+	return s.Listeners[i], true
 }
 
 func newResumeCmd(e *env) *cobra.Command {

@@ -38,6 +38,7 @@ type Info struct {
 const (
 	lockName = "agent.lock"
 	infoName = "agent.json"
+	lockMode = 0o600
 )
 
 // claim is the right to keep a BPF file system. It ends with the process.
@@ -55,8 +56,13 @@ func newClaim(bpffs string) (*claim, error) {
 	if err := door.MakeDir(dir); err != nil {
 		return nil, fmt.Errorf("make the run directory: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	// Whoever may read it may lock it for reading, and keep the agent out.
+	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, lockMode)
 	if err != nil {
+		return nil, err
+	}
+	if err := lock.Chmod(lockMode); err != nil {
+		lock.Close()
 		return nil, err
 	}
 	err = unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})

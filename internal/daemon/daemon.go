@@ -81,7 +81,7 @@ func Run(ctx context.Context, o Options) error {
 	own.Close()
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(),
-		groups: map[loader.Key]*group{}, failures: map[string]failure{}, named: map[string]uint64{},
+		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{},
 		inbox: newInbox(), ended: make(chan error, 1), polling: time.NewTicker(pollTime), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
@@ -125,6 +125,8 @@ type keeper struct {
 	named    map[string]uint64 // what names of services stand for; looked up anew for each thing that is done
 	groups   map[loader.Key]*group
 	failures map[string]failure
+	locked   map[uint64]bool // namespaces that are busy; see there
+	putOff   bool            // something, for that
 
 	watcher *watch.Watcher // nil: it polls
 	why     string         // it polls
@@ -208,8 +210,8 @@ func (k *keeper) tick(ctx context.Context) (sweep bool) {
 			k.missed, sweep = missed, true
 		}
 	}
-	if k.refresh() {
-		sweep = true
+	if k.refresh() || k.putOff {
+		k.putOff, sweep = false, true
 	}
 	for _, g := range k.groups {
 		k.housekeep(g)

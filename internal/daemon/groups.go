@@ -22,6 +22,9 @@ func (k *keeper) recover() error {
 		return err
 	}
 	for _, cookie := range spaces {
+		if k.busy(cookie) {
+			continue // whoever has the lock next does it
+		}
 		k.fails(fmt.Sprint("recover ", cookie), k.FS.Sweep(cookie))
 	}
 	return nil
@@ -91,6 +94,9 @@ func (k *keeper) watchPorts() (more bool) {
 
 // housekeep does what is due for a group by the time that has passed.
 func (k *keeper) housekeep(g *group) {
+	if k.busy(g.Key().NetNS) {
+		return
+	}
 	done, err := g.Housekeep()
 	if errors.Is(err, loader.ErrNotAttached) {
 		return // detached since refresh looked

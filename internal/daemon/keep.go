@@ -31,6 +31,9 @@ func (k *keeper) keep(live sockets.Group) {
 		k.warnOwners(live.Key)
 		return
 	}
+	if k.busy(live.NetNS) {
+		return
+	}
 	var err error
 	switch {
 	case live.Kernel == 0 && service != nil && service.Adopt && errors.Is(live.Members[0].Check(), sockets.ErrNoReuseport):
@@ -52,6 +55,29 @@ func (k *keeper) keep(live sockets.Group) {
 	for _, warning := range live.Renounced() {
 		k.complains(warning, warning, k.attrs(live)...)
 	}
+}
+
+// lockPatience is how long commands may have the lock of a namespace until the
+// agent goes on with others. All but the copying of very many flows takes
+// milliseconds.
+const lockPatience = time.Second
+
+// busy tells whether a command has had the lock of a namespace for too long: it
+// may have been stopped, which must not keep the agent from other namespaces.
+// A sweep at the next tick does what is put off.
+func (k *keeper) busy(netns uint64) bool {
+	patience := lockPatience
+	if k.locked[netns] {
+		patience = 0
+	}
+	err := k.FS.AwaitUnlocked(netns, patience)
+	k.fails(fmt.Sprint("lock ", netns), err)
+	if err == nil {
+		delete(k.locked, netns)
+		return false
+	}
+	k.locked[netns], k.putOff = true, true
+	return true
 }
 
 // service finds the service that a group belongs to, nil if there is none.

@@ -7,9 +7,11 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,7 +20,9 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/cgroup"
+	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -93,6 +97,63 @@ func TestNamespaceStays(t *testing.T) {
 	}
 	testnet.StartServer(t, ns, options)
 	a.awaitSaid(`msg="attached again"`)
+}
+
+// A command that was stopped while it had the lock of one namespace keeps the
+// agent from that one only, and what was due there is done when it goes on.
+func TestStoppedCommand(t *testing.T) {
+	locked, other, fs := testnet.New(t), testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	servers := testnet.StartGroup(t, locked, 2, options)
+	testnet.StartServer(t, other, options)
+	a := start(t, fs, service(locked, 1194, `settle = "0s"`)+service(other, 1194, `settle = "0s"`))
+	a.awaitListeners(keyOf(locked, loader.UDP, addr), 2)
+	a.awaitListeners(keyOf(other, loader.UDP, addr), 1)
+
+	dir, err := os.Open(filepath.Join(fs, "rpsel", fmt.Sprint(locked.Cookie())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	servers.Close(0)
+	testnet.StartServer(t, locked, options)
+	a.awaitSaid("locked by another rpsel command")
+	for n := 2; n <= 5; n++ {
+		testnet.StartServer(t, other, options)
+		a.awaitListeners(keyOf(other, loader.UDP, addr), n)
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitListeners(keyOf(locked, loader.UDP, addr), 2)
+}
+
+// The lock of the agent is out of reach of those who may look at what it says: a
+// lock for reading would keep the next agent from starting.
+func TestLockOfOthers(t *testing.T) {
+	fs := testnet.BPFFS(t)
+	dir, err := agent.Dir(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := door.MakeDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	// As an agent left it that let everybody read.
+	if err := os.WriteFile(filepath.Join(dir, lockName), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	start(t, fs, "")
+	for name, can := range map[string]bool{lockName: false, infoName: true} {
+		cmd := exec.Command("cat", filepath.Join(dir, name))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		if err := cmd.Run(); (err == nil) != can {
+			t.Errorf("another user opens %s: got %v, want success: %v", name, err, can)
+		}
+	}
 }
 
 // SIGHUP: what is new is attached, what is gone stays attached, times change

@@ -4,12 +4,12 @@
 package owner
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"os/user"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/rpsel/rpsel/internal/door"
@@ -136,7 +136,7 @@ func (c client) Holder() (sockets.Holder, bool) {
 	h := sockets.Holder{PID: c.peer.PID}
 	if h.PID != 0 {
 		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", h.PID))
-		h.Command = strings.TrimSuffix(string(name), "\n")
+		h.Command = sockets.CommandName(bytes.TrimSuffix(name, []byte("\n")))
 	}
 	return h, true
 }
