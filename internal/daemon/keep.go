@@ -16,11 +16,18 @@ import (
 // no flows from before, and the rest of its servers is to get some soon.
 const bornSettle = time.Second
 
+// maxGroups is how many groups a service may have. Where anybody may bind its
+// port, anybody can make groups of it, one for each address of 127.0.0.0/8, and
+// each takes the memory of a flow table.
+const maxGroups = 32
+
 // group is one that has state.
 type group struct {
 	*loader.Group
 	// applied is the service whose options are in force, nil if none is known.
 	applied *config.Service
+	// empty is since when it is known to have no listener; zero if it has one.
+	empty time.Time
 }
 
 // keep makes of a live group what it should be: attached, if it has state or a
@@ -40,6 +47,8 @@ func (k *keeper) keep(live sockets.Group) {
 		err = k.adopt(live, service)
 	case live.Kernel == 0:
 		err = live.Members[0].Check()
+	case state == nil && k.groupsOf(service) >= maxGroups:
+		err = fmt.Errorf("service %s has %d groups, more are not attached: name its addresses, a service each", service, maxGroups)
 	case state == nil || !state.Picks(live):
 		err = k.attach(live, service)
 	default:
@@ -89,6 +98,16 @@ func (k *keeper) service(key loader.Key) *config.Service {
 		}
 	}
 	return nil
+}
+
+// groupsOf counts the groups of a service.
+func (k *keeper) groupsOf(s *config.Service) (n int) {
+	for key := range k.groups {
+		if k.service(key) == s {
+			n++
+		}
+	}
+	return n
 }
 
 // inNetNS tells whether a service is for a network namespace.

@@ -612,3 +612,53 @@ func TestNotify(t *testing.T) {
 	a.stop()
 	hears("STOPPING=1")
 }
+
+// Whoever may bind the port of a service cannot make the agent take all memory
+// by a group for each address there is.
+func TestGroupsOfService(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	a := start(t, fs, service(ns, 1194, "flows = 64", `settle = "0s"`))
+	addrOf := func(n int) string { return fmt.Sprintf("127.0.1.%d:1194", n) }
+	for n := 1; n <= maxGroups+1; n++ {
+		testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: addrOf(n), ReusePort: true})
+		if n <= maxGroups {
+			a.awaitListeners(keyOf(ns, loader.UDP, addrOf(n)), 1)
+		}
+	}
+	a.awaitSaid(fmt.Sprintf("has %d groups, more are not attached", maxGroups))
+	if keys, err := loader.FS(fs).Keys(ns.Cookie()); err != nil || len(keys) != maxGroups {
+		t.Errorf("%d groups are attached, %v", len(keys), err)
+	}
+}
+
+// A service's group takes no memory for long when its servers are gone, and is
+// made anew when they come back. One that was attached by hand stays: nobody
+// else knows how it was attached.
+func TestForgetsEmpty(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	const mine = "127.0.0.2:1195"
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	a := start(t, fs, service(ns, 1194, `idle = "1s"`))
+	first := testnet.StartServer(t, ns, options)
+	byHand := testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: mine, ReusePort: true})
+	conn, err := sockets.TakeMember(findPort(t, ns, 1195)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := loader.FS(fs).Attach(conn, loader.Options{Settle: -1})
+	conn.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Close()
+	a.awaitListeners(keyOf(ns, loader.UDP, addr), 1)
+	a.awaitListeners(keyOf(ns, loader.UDP, mine), 1)
+	byHand.Kill()
+	first.Kill()
+	a.awaitSaid("state removed: its servers have been gone for longer than idle")
+	if keys, err := loader.FS(fs).Keys(ns.Cookie()); err != nil || len(keys) != 1 || keys[0].Addr.String() != mine {
+		t.Errorf("state is left of %v, %v", keys, err)
+	}
+	testnet.StartServer(t, ns, options)
+	a.awaitListeners(keyOf(ns, loader.UDP, addr), 1)
+}

@@ -1,8 +1,6 @@
 package daemon
 
 import (
-	"errors"
-	"fmt"
 	"slices"
 
 	"github.com/rpsel/rpsel/loader"
@@ -31,13 +29,7 @@ func (k *keeper) forgetNetNSes() {
 		if err != nil || len(slots) > 0 {
 			continue
 		}
-		if _, err := k.FS.Detach(key); err != nil && !errors.Is(err, loader.ErrNotAttached) {
-			k.fails(fmt.Sprint("forget ", key), err, k.keyAttrs(key)...)
-			continue
-		}
-		g.Close()
-		delete(k.groups, key)
-		k.Log.Info("state removed: its network namespace is gone", append(k.keyAttrs(key), "netns_cookie", key.NetNS)...)
+		k.remove(key, g, "its network namespace is gone")
 	}
 	k.watchPorts()
 }

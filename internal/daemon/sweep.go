@@ -1,11 +1,15 @@
 package daemon
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/watch"
+	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -24,8 +28,42 @@ func (k *keeper) sweep() error {
 		k.keep(g)
 	}
 	k.forgetNetNSes()
+	k.forgetEmpty()
 	k.openDoors()
 	return nil
+}
+
+// forgetEmpty removes the state of groups whose servers have not come back for
+// so long that no flow of theirs is left, if a service says how to make it anew.
+func (k *keeper) forgetEmpty() {
+	for key, g := range k.groups {
+		s := k.service(key)
+		if slots, err := g.Slots(); s == nil || err != nil || len(slots) > 0 {
+			g.empty = time.Time{}
+			continue
+		}
+		if g.empty.IsZero() {
+			g.empty = time.Now()
+		}
+		if time.Since(g.empty) > cmp.Or(s.Options.Idle, loader.DefaultIdle) {
+			k.remove(key, g, "its servers have been gone for longer than idle")
+		}
+	}
+}
+
+// remove removes the state of a group.
+func (k *keeper) remove(key loader.Key, g *group, why string) {
+	_, err := k.FS.Detach(key)
+	if errors.Is(err, loader.ErrNotAttached) {
+		err = nil
+	}
+	k.fails(fmt.Sprint("remove ", key), err, k.keyAttrs(key)...)
+	if err != nil {
+		return
+	}
+	g.Close()
+	delete(k.groups, key)
+	k.Log.Info("state removed: "+why, append(k.keyAttrs(key), "netns_cookie", key.NetNS)...)
 }
 
 // findAll finds all groups on the ports of services and of groups with state, in
