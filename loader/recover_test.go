@@ -64,7 +64,10 @@ func TestAttachAgainOnly(t *testing.T) {
 	ns, root := testnet.New(t), testnet.BPFFS(t)
 	servers := testnet.StartGroup(t, ns, 1, udpServer)
 	again := loader.Options{Again: true}
-	if g, err := loader.FS(root).Attach(member(t, ns), again); !errors.Is(err, loader.ErrNotAttached) {
+	conn := member(t, ns)
+	g, err := loader.FS(root).Attach(conn, again)
+	conn.Close() // it would keep the group alive
+	if !errors.Is(err, loader.ErrNotAttached) {
 		t.Fatalf("got %v, %v, want %v", g, err, loader.ErrNotAttached)
 	}
 	if left, err := filepath.Glob(filepath.Join(root, "rpsel*")); err != nil || len(left) > 0 {
