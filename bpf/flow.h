@@ -186,10 +186,11 @@ struct insertion {
 	__u32 evicted;
 	__u32 tag;  /* in: flow_tag of identity */
 	__u64 busy; /* the word the place holds until commit */
+	__u64 over; /* out: the word of the flow that gave way, or 0 */
 };
 
 /* Without CAP_PERFMON no function takes a pointer to stack that has holes. */
-_Static_assert(sizeof(struct insertion) == 48, "insertion has no padding");
+_Static_assert(sizeof(struct insertion) == 56, "insertion has no padding");
 
 enum insert_result {
 	INSERT_CLAIMED, /* place is ours: write the details, then commit */
@@ -350,6 +351,8 @@ OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struc
 	in->busy = make_word(in->slot, in->incarnation, FLOW_BUSY, in->now, in->tag);
 	if (!exchange(&mine->word, old, in->busy))
 		return look_again(first, second, in, INSERT_LOST);
+	if (word_state(old) >= FLOW_NEW)
+		in->over = old;
 	WRITE_ONCE(mine->identity, in->identity);
 
 	for (__u32 place = 0; place < 2 * RPSEL_BUCKET; place++) {

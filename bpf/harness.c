@@ -14,6 +14,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
+#include "key.h"
 #include "parse.h"
 #include "pick.h"
 #include "rpsel.h"
@@ -69,6 +70,11 @@ struct values {
 	__u32 result;
 	__u32 place;
 	__u32 evicted;
+	/* run_key */
+	struct keys keys;
+	__u32 words[KEY_WORDS];
+	__u64 keyed_short; /* of the first four words */
+	__u64 keyed;
 };
 
 struct values io;
@@ -95,6 +101,15 @@ int run_numbers(struct __sk_buff *skb)
 	io.nth_one = nth_one(io.set, io.n);
 	io.rank = nth_rank(io.n % (RANKS + 1), NOT_WAITING);
 	io.rank_waiting = nth_rank(io.n % (RANKS + 1), TURNING);
+	return TC_ACT_OK;
+}
+
+SEC("tc")
+int run_key(struct __sk_buff *skb)
+{
+	(void)skb;
+	io.keyed_short = keyed_identity(&io.keys, io.words, 4);
+	io.keyed = keyed_identity(&io.keys, io.words, KEY_WORDS);
 	return TC_ACT_OK;
 }
 

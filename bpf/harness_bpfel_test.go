@@ -61,6 +61,15 @@ type HarnessValues struct {
 	Result        uint32
 	Place         uint32
 	Evicted       uint32
+	Keys          struct {
+		_    structs.HostLayout
+		High [6]uint64
+		Low  [6]uint64
+	}
+	Words      [5]uint32
+	_          [4]byte
+	KeyedShort uint64
+	Keyed      uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -68,6 +77,7 @@ type HarnessValues struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	HarnessMapFlows       = "flows"
+	HarnessProgRunKey     = "run_key"
 	HarnessProgRunNumbers = "run_numbers"
 	HarnessProgRunPacket  = "run_packet"
 	HarnessProgRunParse   = "run_parse"
@@ -116,6 +126,7 @@ type HarnessSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HarnessProgramSpecs struct {
+	RunKey     *ebpf.ProgramSpec `ebpf:"run_key"`
 	RunNumbers *ebpf.ProgramSpec `ebpf:"run_numbers"`
 	RunPacket  *ebpf.ProgramSpec `ebpf:"run_packet"`
 	RunParse   *ebpf.ProgramSpec `ebpf:"run_parse"`
@@ -175,6 +186,7 @@ type HarnessVariables struct {
 //
 // It can be passed to LoadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HarnessPrograms struct {
+	RunKey     *ebpf.Program `ebpf:"run_key"`
 	RunNumbers *ebpf.Program `ebpf:"run_numbers"`
 	RunPacket  *ebpf.Program `ebpf:"run_packet"`
 	RunParse   *ebpf.Program `ebpf:"run_parse"`
@@ -182,6 +194,7 @@ type HarnessPrograms struct {
 
 func (p *HarnessPrograms) Close() error {
 	return _HarnessClose(
+		p.RunKey,
 		p.RunNumbers,
 		p.RunPacket,
 		p.RunParse,

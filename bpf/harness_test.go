@@ -1,9 +1,12 @@
 package bpf_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"math/bits"
+	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 
@@ -409,4 +412,84 @@ func FuzzTable(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The keyed identity, and that words which differ hardly ever meet.
+func FuzzKey(f *testing.F) {
+	o := load(f)
+	f.Add(uint64(0), []byte(nil))
+	f.Add(uint64(1), []byte("0123456789abcdefghij"))
+	f.Add(^uint64(0), bytes.Repeat([]byte{0xff}, 20))
+	f.Fuzz(func(t *testing.T, seed uint64, packet []byte) {
+		in := HarnessValues{Words: wordsOf(packet)}
+		keys := rand.New(rand.NewPCG(seed, 0))
+		for i := range in.Keys.High {
+			in.Keys.High[i], in.Keys.Low[i] = keys.Uint64(), keys.Uint64()
+		}
+		want := in
+		want.KeyedShort = keyed(&in, in.Words[:4])
+		want.Keyed = keyed(&in, in.Words[:])
+		if diff := cmp.Diff(want, run(t, o, o.RunKey, in, frame()), cmp.AllowUnexported(HarnessValues{})); diff != "" {
+			t.Errorf("C differs from Go (-Go +C):\n%s", diff)
+		}
+		for bit := range 8 * 20 {
+			other := in.Words
+			other[bit/32] ^= 1 << (bit % 32)
+			if keyed(&in, other[:]) == want.Keyed {
+				t.Errorf("seed %d: %x is the same with another bit %d", seed, in.Words, bit)
+			}
+		}
+	})
+}
+
+func wordsOf(packet []byte) (words [5]uint32) {
+	for i, b := range packet[:min(len(packet), 20)] {
+		words[i/4] |= uint32(b) << (i % 4 * 8)
+	}
+	return words
+}
+
+// keyed is keyed_identity of bpf/key.h.
+func keyed(in *HarnessValues, words []uint32) uint64 {
+	half := func(keys [6]uint64) uint64 {
+		sum := keys[0]
+		for i, word := range words {
+			sum += keys[i+1] * uint64(word)
+		}
+		return sum >> 32
+	}
+	x := half(in.Keys.High)<<32 | half(in.Keys.Low)
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}
+
+// Addresses and ids as they come, in order and with common factors, fill the
+// buckets as random ones do: no bucket has many more than its share.
+func TestKeySpread(t *testing.T) {
+	const n, table = 1 << 16, 1 << 13
+	for step := range 28 {
+		for word := range 5 {
+			in := HarnessValues{}
+			keys := rand.New(rand.NewPCG(uint64(step), uint64(word)))
+			for i := range in.Keys.High {
+				in.Keys.High[i], in.Keys.Low[i] = keys.Uint64(), keys.Uint64()
+			}
+			seen := map[uint64]bool{}
+			first, second := make([]int, table), make([]int, table)
+			for i := range uint32(n) {
+				words := [5]uint32{0x0a000001, 7, 7, 7, 7}
+				words[word] = bits.RotateLeft32(i, step)
+				identity := keyed(&in, words[:])
+				a, b := maps.Buckets(identity, table)
+				seen[identity] = true
+				first[a]++
+				second[b]++
+			}
+			// With a mean of 8, of which a random one passes 40 once in 10^15.
+			if most := max(slices.Max(first), slices.Max(second)); len(seen) != n || most > 40 {
+				t.Errorf("step 2^%d, word %d: %d identities of %d, %d in one bucket", step, word, len(seen), n, most)
+			}
+		}
+	}
 }

@@ -121,6 +121,18 @@ enum waiting {
 /* Which part of the pick map is the table: entries [first, first + size). */
 #define TABLE_FIRST_SHIFT 32
 
+/*
+ * The secret keys of the identities (key.h): random, and never changed. One is
+ * added, and one for each word of what is hashed.
+ */
+#define KEY_WORDS 5
+#define KEY_BYTES (4 * KEY_WORDS)
+
+struct keys {
+	__u64 high[KEY_WORDS + 1];
+	__u64 low[KEY_WORDS + 1];
+};
+
 /* Set by user space while the program runs. */
 struct config {
 	__u64 table;	  /* first << TABLE_FIRST_SHIFT | size */
@@ -145,6 +157,13 @@ struct config {
 	__u32 members;	  /* the most that were active in it when one joined */
 	__u32 serving;	  /* the generation that has new flows; while it waits: until then */
 	__u64 joined;	  /* second of CLOCK_BOOTTIME in which the last of them joined */
+
+	/* Of the affinity, and fixed as that is. */
+	__u32 prefix4;	 /* client: bits of an IPv4 address that count */
+	__u32 prefix6;	 /* client: bits of an IPv6 address that count */
+	__u32 offset;	 /* bytes: where in the payload */
+	__u32 length;	 /* bytes: how many, 1 to KEY_BYTES */
+	struct keys key; /* client and bytes */
 };
 
 #define FROZEN 0x80000000u
@@ -152,14 +171,38 @@ struct config {
 /* In a listener's weight: it is recorded, but the pick table may not have it yet. */
 #define WEIGHT_UNDEALT 0x80000000u
 
+/* Who gets a new flow. Untracked ones go by the pick table whatever the policy. */
 enum policy {
 	POLICY_HASH = 0,
-	POLICY_NEWEST = 1, /* new flows to the newest generation; the pick table says who that is */
+	POLICY_NEWEST = 1, /* the newest generation; the pick table says who that is */
+	POLICY_LEAST = 2,  /* of two candidates the one with fewer flows for its weight */
+	POLICY_RR = 3,	   /* each in turn, on each CPU */
+	POLICY_RANDOM = 4,
+	POLICY_CPU = 5, /* one that ran on this CPU, or node, when user space last looked */
+};
+
+/* How many flows a slot's present listener has; kept up with policy least alone. */
+struct load {
+	__u32 flows;
+	__u32 recount; /* those in buckets that the present round of sweeps has been to */
+};
+
+/*
+ * Who comes next, made by user space for each CPU: with policy rr all in turn, with
+ * policy cpu those near it. It is empty where the pick table does it.
+ */
+#define RPSEL_ROW 256
+
+struct row {
+	__u64 size;
+	__u16 slots[RPSEL_ROW];
 };
 
 enum affinity {
-	AFFINITY_FLOW = 0, /* client address and port, and local address */
-	AFFINITY_NONE = 1, /* every run is picked anew, nothing is tracked */
+	AFFINITY_FLOW = 0,   /* client address and port, and local address */
+	AFFINITY_NONE = 1,   /* every run is picked anew, nothing is tracked */
+	AFFINITY_CLIENT = 2, /* client address, or a prefix of it */
+	AFFINITY_BYTES = 3,  /* bytes of the payload; a packet too short for them: as FLOW */
 };
 
 enum confirm {
@@ -205,7 +248,9 @@ _Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
 _Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
 _Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");
 _Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
-_Static_assert(sizeof(struct config) == 88, "config is part of the pinned ABI");
+_Static_assert(sizeof(struct row) == 520, "elements of an array are multiples of 8");
+_Static_assert(sizeof(struct load) == 8, "load is part of the pinned ABI");
+_Static_assert(sizeof(struct config) == 200, "config is part of the pinned ABI");
 _Static_assert(1 << WORD_SLOT_BITS == RPSEL_SLOTS, "a slot number fits its field");
 _Static_assert(WORD_SLOT_SHIFT + WORD_SLOT_BITS == 64, "the word is full");
 

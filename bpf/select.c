@@ -14,9 +14,11 @@
  * alone: no process of ours needs to run.
  */
 #include <linux/bpf.h>
+#include <linux/in.h>
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
+#include "key.h"
 #include "parse.h"
 #include "pick.h"
 #include "rpsel.h"
@@ -24,7 +26,12 @@
 /* Fixed when the program is loaded. */
 const volatile __u32 buckets = 2;
 const volatile __u32 affinity = AFFINITY_FLOW;
+const volatile __u64 prefix4[2]; /* AFFINITY_CLIENT: masks of the address, as it is in a detail */
+const volatile __u64 prefix6[2];
+const volatile __u32 key_offset; /* AFFINITY_BYTES: from the transport header on */
+const volatile __u32 key_length = 1;
 const volatile __u32 clock_mult = 1; /* 2^32 / CONFIG_HZ */
+const volatile __u32 timer = 1;	     /* 0: this kernel has no bpf_timer */
 
 /* The sizes that depend on the group are set before the maps are made. */
 struct {
@@ -109,6 +116,51 @@ struct {
 	__type(value, struct listener);
 } listeners SEC(".maps");
 
+/* What the timer of house.h goes by. */
+struct house {
+	struct bpf_timer timer;
+	__u32 ticked; /* second of its last tick, and TICKED; 0: it was never started */
+	__u32 bucket; /* the next to be swept */
+	__u32 entry;  /* of the pick table: the next to be mended */
+	__u32 mend;   /* how many are to be looked at; ALL: a listener died */
+	__u32 counts; /* 1: this round of sweeps counts flows from its beginning */
+	__u32 full;   /* second in which a flow last found no room of its own, and TICKED */
+};
+
+#define TICKED 0x80000000u
+#define ALL 0xffffffffu
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct house);
+} house SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, RPSEL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct load);
+} loads SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct row);
+} rows SEC(".maps");
+
+/* How many flows each CPU has dealt with policy rr. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} turns SEC(".maps");
+
 #define COUNT(field)                                                                               \
 	({                                                                                         \
 		__u32 zero = 0;                                                                    \
@@ -139,151 +191,75 @@ ALWAYS_INLINE int same_incarnation(__u32 a, __u32 b)
 }
 
 /*
- * choose selects the listener of a slot if it still is that incarnation. The
- * number is read again after the selection: a listener that took the slot in
- * between must not get the packets of the one before. Both reads look the slot
- * up, or the compiler would merge them.
+ * waiting_at is what the group waits for: existing flows may not have been seen
+ * yet, so that flows that look new are left where the kernel had them, or a
+ * generation is not complete. Cleared for good once over, or the clock's wrap
+ * would bring it back after half a year.
  */
-ALWAYS_INLINE int choose(struct sk_reuseport_md *ctx, __u32 slot, __u32 incarnation)
+ALWAYS_INLINE int waiting_at(struct config *cfg, __u32 now)
 {
-	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
+	int waiting = READ_ONCE(cfg->waiting);
 
-	if (!s || !same_incarnation(READ_ONCE(s->incarnation), incarnation))
-		return 0;
-	if (bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
-		return 0;
-	return same_incarnation(READ_ONCE(s->incarnation), incarnation);
+	if (!waiting || age(now, READ_ONCE(cfg->until)) < 0)
+		return waiting;
+	WRITE_ONCE(cfg->waiting, NOT_WAITING);
+	return NOT_WAITING;
 }
 
-/* The outcome of a pick: a slot that is selected already, or none. */
-struct choice {
-	__u32 slot;
-	__u32 incarnation;
-};
-
-OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choice *c)
+/* frozen: user space copies the flow table, so nothing may be written to it. */
+ALWAYS_INLINE int frozen(const struct config *cfg, __u32 now)
 {
-	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
+	__u32 since = READ_ONCE(cfg->frozen);
+	__s32 lasted = age(now, since);
 
-	if (!s || !c)
-		return 0;
-	c->slot = slot;
-	c->incarnation = READ_ONCE(s->incarnation);
-	return choose(ctx, slot, c->incarnation);
+	return since && lasted >= 0 && lasted < RPSEL_FREEZE_SECONDS;
 }
 
-struct bpf_map;
-
-/* A search of the live bits. */
-struct search {
-	struct sk_reuseport_md *ctx;
-	__u32 rank; /* whose bits */
-	__u32 bits; /* count: how many there are; take: how many to pass over */
-	__u32 found;
-	struct choice choice;
-};
-
-ALWAYS_INLINE __u64 *live_bits(struct live *l, const struct search *s)
+/* client_of reads the client's address, as far as it counts. */
+ALWAYS_INLINE int client_of(struct sk_reuseport_md *ctx, __u64 client[2])
 {
-	__u32 rank = s->rank;
-
-	return &l->ranks[rank < RANKS ? rank : 0];
-}
-
-/*
- * bury_word clears the bits of dead listeners. A listener that registers sets
- * its bit last: if the second selection succeeds it came in between, and the
- * bit is set again whatever the order.
- */
-OWN_FUNCTION int bury_word(struct sk_reuseport_md *ctx, __u64 *word, __u32 first)
-{
-	if (!word)
+	if (!client_address(ctx, ctx->eth_protocol, client))
 		return 0;
+	if (affinity == AFFINITY_CLIENT) {
+		int v6 = ctx->eth_protocol == bpf_htons(ETH_P_IPV6);
 
-	__u64 set = READ_ONCE(*word);
-
-	/* Shifted, since the verifier would carry along what it learns of each bit. */
-	for (__u32 i = 0; i < 64; i++, set >>= 1) {
-		__u32 slot = first + i;
-
-		if (!(set & 1) || !bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
-			continue;
-		__sync_fetch_and_and(word, ~(1ull << i));
-		if (!bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
-			__sync_fetch_and_or(word, 1ull << i);
+		client[0] &= v6 ? prefix6[0] : prefix4[0];
+		client[1] &= v6 ? prefix6[1] : prefix4[1];
 	}
-	return 0;
-}
-
-static long bury(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
-{
-	(void)map;
-	bury_word(s->ctx, live_bits(l, s), *key * 64);
-	return 0;
-}
-
-static long count(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
-{
-	(void)map;
-	(void)key;
-	s->bits += ones(READ_ONCE(*live_bits(l, s)));
-	return 0;
-}
-
-/* take selects the listener whose bit comes after a number of others. */
-static long take(struct bpf_map *map, const __u32 *key, struct live *l, struct search *s)
-{
-	__u64 set = READ_ONCE(*live_bits(l, s));
-	__u32 here = ones(set);
-
-	(void)map;
-	if (s->bits >= here) {
-		s->bits -= here;
-		return 0;
-	}
-	s->found = choose_any(s->ctx, *key * 64 + nth_one(set, s->bits), &s->choice);
 	return 1;
 }
 
-/*
- * choose_live takes the listener at the hash's share of those of a rank. Nobody
- * may have cleared the bits of the dead yet: meeting one, it does so and tries
- * again. Draining listeners are drawn anew for each packet, and only clean bits
- * give the same answer each time. It tries more than once since listeners may
- * die, and other CPUs clear their bits, while it counts.
- */
-#define LIVE_TRIES 4
-
-OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 rank, struct choice *c)
+/* identify names the client of a packet, by what counts as the same one. */
+ALWAYS_INLINE int identify(struct sk_reuseport_md *ctx, const struct config *cfg, __u64 *identity,
+			   __u32 *port)
 {
-	struct search s = {.ctx = ctx, .rank = rank};
+	union {
+		__u64 client[2];
+		__u32 words[KEY_WORDS];
+	} key = {};
 
-	if (!c)
-		return 0;
-	for (int clean = rank == RANK_DRAINING; clean < LIVE_TRIES && !s.found; clean++) {
-		if (clean)
-			bpf_for_each_map_elem(&live, bury, &s, 0);
-		s.bits = 0;
-		bpf_for_each_map_elem(&live, count, &s, 0);
-		if (!s.bits)
-			break;
-		s.bits = scale(hash, s.bits);
-		bpf_for_each_map_elem(&live, take, &s, 0);
+	*port = 0;
+	if (affinity == AFFINITY_CLIENT) {
+		if (!client_of(ctx, key.client))
+			return 0;
+		*identity = keyed_identity(&cfg->key, key.words, sizeof(key.client) / 4);
+		return 1;
 	}
-	*c = s.choice;
-	return s.found;
+	if (!client_port(ctx, ctx->data, ctx->data_end, port))
+		return 0;
+	if (affinity == AFFINITY_BYTES &&
+	    !bpf_skb_load_bytes(ctx, key_offset, key.words, key_length)) {
+		*identity = keyed_identity(&cfg->key, key.words, KEY_WORDS);
+		return 1;
+	}
+	*identity = flow_identity(ctx->hash, *port);
+	return 1;
 }
 
-/* choose_heir takes a listener of the first rank that has one, and returns that rank or RANKS. */
-OWN_FUNCTION int choose_heir(struct sk_reuseport_md *ctx, __u32 hash, int waiting, struct choice *c)
+/* pick_hash is what a client that has no listener is given one by. */
+ALWAYS_INLINE __u32 pick_hash(struct sk_reuseport_md *ctx, __u64 identity)
 {
-	for (__u32 i = 0; i < RANKS; i++) {
-		__u32 rank = nth_rank(i, waiting);
-
-		if (choose_live(ctx, hash, rank, c))
-			return rank;
-	}
-	return RANKS;
+	return affinity == AFFINITY_FLOW ? ctx->hash : identity >> 32;
 }
 
 ALWAYS_INLINE __u32 *pick_entry(__u32 index)
@@ -293,6 +269,12 @@ ALWAYS_INLINE __u32 *pick_entry(__u32 index)
 
 	return p ? &p->entries[index & 1] : 0;
 }
+
+#include "live.h"
+
+#include "load.h"
+
+#include "house.h"
 
 /*
  * pick selects a listener for a flow that has none, and reports whether there
@@ -320,6 +302,7 @@ OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u
 
 	if (choose_any(ctx, dead, c))
 		return 1;
+	mourn(ctx, dead);
 	rank = choose_heir(ctx, entry_hash(index), waiting, c);
 	if (rank >= RANK_DRAINING)
 		return rank == RANK_DRAINING;
@@ -335,36 +318,13 @@ OWN_FUNCTION int pick(struct sk_reuseport_md *ctx, const struct config *cfg, __u
 	return 1;
 }
 
-/*
- * waiting_at is what the group waits for: existing flows may not have been seen
- * yet, so that flows that look new are left where the kernel had them, or a
- * generation is not complete. Cleared for good once over, or the clock's wrap
- * would bring it back after half a year.
- */
-ALWAYS_INLINE int waiting_at(struct config *cfg, __u32 now)
-{
-	int waiting = READ_ONCE(cfg->waiting);
-
-	if (!waiting || age(now, READ_ONCE(cfg->until)) < 0)
-		return waiting;
-	WRITE_ONCE(cfg->waiting, NOT_WAITING);
-	return NOT_WAITING;
-}
-
 /* unsettled leaves out that the group settles, which is no matter for what is known. */
 ALWAYS_INLINE int unsettled(int waiting)
 {
 	return waiting == SETTLING ? NOT_WAITING : waiting;
 }
 
-/* frozen: user space copies the flow table, so nothing may be written to it. */
-ALWAYS_INLINE int frozen(const struct config *cfg, __u32 now)
-{
-	__u32 since = READ_ONCE(cfg->frozen);
-	__s32 lasted = age(now, since);
-
-	return since && lasted >= 0 && lasted < RPSEL_FREEZE_SECONDS;
-}
+#include "policy.h"
 
 ALWAYS_INLINE int fallback(void)
 {
@@ -373,11 +333,24 @@ ALWAYS_INLINE int fallback(void)
 }
 
 /* untracked serves a packet by the pick table alone. */
-ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cfg, int waiting)
+ALWAYS_INLINE int untracked(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash,
+			    int waiting)
 {
 	struct choice c = {};
 
-	if (!pick(ctx, cfg, ctx->hash, waiting, &c))
+	if (!pick(ctx, cfg, hash, waiting, &c))
+		return fallback();
+	COUNT_SLOT(ctx, c.slot, untracked);
+	return SK_PASS;
+}
+
+/* scatter serves a packet of a group without affinity: by the policy, each anew. */
+ALWAYS_INLINE int scatter(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash,
+			  int waiting)
+{
+	struct choice c = {};
+
+	if (!pick_new(ctx, cfg, hash, waiting, &c))
 		return fallback();
 	COUNT_SLOT(ctx, c.slot, untracked);
 	return SK_PASS;
@@ -418,12 +391,15 @@ ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, 
 {
 	struct choice c = {};
 
-	if (!pick(ctx, cfg, ctx->hash, unsettled(waiting), &c))
+	mourn(ctx, word_slot(word));
+	if (!pick_new(ctx, cfg, pick_hash(ctx, identity), unsettled(waiting), &c))
 		return fallback();
 	for (__u32 i = 0; i < HOLD_TRIES; i++) {
-		__u64 theirs;
+		__u64 mine = moved(word, c.slot, c.incarnation, now), theirs;
 
-		if (exchange(&f->word, word, moved(word, c.slot, c.incarnation, now))) {
+		if (exchange(&f->word, word, mine)) {
+			tally(cfg, word, row / RPSEL_BUCKET, -1);
+			tally(cfg, mine, row / RPSEL_BUCKET, 1);
 			describe_move(row, now);
 			COUNT_SLOT(ctx, c.slot, rehomed);
 			return SK_PASS;
@@ -453,11 +429,11 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 	struct choice c = {};
 	__u64 client[2];
 
-	if (!client_address(ctx, ctx->eth_protocol, client)) {
+	if (!client_of(ctx, client)) {
 		COUNT(parse_error);
-		return untracked(ctx, cfg, waiting);
+		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
 	}
-	if (!pick(ctx, cfg, ctx->hash, waiting, &c))
+	if (!pick_new(ctx, cfg, pick_hash(ctx, identity), waiting, &c))
 		return fallback();
 
 	struct insertion in = {
@@ -470,18 +446,22 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		.tag = flow_tag(identity),
 	};
 	int result = insert_claim(first, second, &in);
+	__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
+					       : second_bucket(identity, buckets);
 
+	if (in.over)
+		tally(cfg, in.over, bucket, -1);
 	if (result == INSERT_CLAIMED) {
-		__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
-						       : second_bucket(identity, buckets);
-
 		describe(bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1)), client, port,
 			 now);
 		result = insert_commit(first, second, &in);
 	}
 	if (result == INSERT_CLAIMED) {
-		if (in.evicted)
+		if (in.evicted) {
 			COUNT(evicted);
+			left_untracked(now);
+		}
+		tally(cfg, make_word(c.slot, c.incarnation, FLOW_NEW, now, 0), bucket, 1);
 		COUNT_SLOT(ctx, c.slot, new);
 		return SK_PASS;
 	}
@@ -492,8 +472,14 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 	/* A follow that failed may have left another listener selected. */
 	if (result == INSERT_FOLLOW && !choose(ctx, c.slot, c.incarnation))
 		return fallback();
-	if (result == INSERT_FULL)
+	if (result == INSERT_FULL) {
+		int known = by_table(cfg);
+
 		COUNT(table_full);
+		left_untracked(now);
+		if (!known)
+			return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
+	}
 	COUNT_SLOT(ctx, c.slot, untracked);
 	return SK_PASS;
 }
@@ -517,21 +503,28 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		struct choice c = {};
 
 		/* A connection that waits in a closing TCP listener: it goes as a new one would. */
-		if (!pick(ctx, cfg, ctx->hash, unsettled(waiting), &c))
+		if (!pick_new(ctx, cfg, ctx->hash, unsettled(waiting), &c))
 			return fallback();
 		COUNT_SLOT(ctx, c.slot, migrated);
 		return SK_PASS;
 	}
 
-	if (affinity == AFFINITY_NONE)
-		return untracked(ctx, cfg, unsettled(waiting));
+	if (affinity == AFFINITY_NONE) {
+		/* A connection's SYN may come twice; each datagram stands for itself. */
+		__u32 hash = ctx->ip_protocol == IPPROTO_UDP ? bpf_get_prandom_u32() : ctx->hash;
 
-	if (!client_port(ctx, ctx->data, ctx->data_end, &port)) {
-		COUNT(parse_error);
-		return untracked(ctx, cfg, waiting);
+		keep_house(now);
+		return scatter(ctx, cfg, hash, unsettled(waiting));
 	}
 
-	identity = flow_identity(ctx->hash, port);
+	/* Only what goes by the kernel's hash can be left where that had it. */
+	if (affinity != AFFINITY_FLOW)
+		waiting = unsettled(waiting);
+	if (!identify(ctx, cfg, &identity, &port)) {
+		COUNT(parse_error);
+		return untracked(ctx, cfg, ctx->hash, waiting);
+	}
+
 	b = first_bucket(identity, buckets);
 	first = bpf_map_lookup_elem(&flows, &b);
 	if (!first)
@@ -554,6 +547,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 	row += place;
 
 	if (age(now, word_second(word)) > 0) {
+		keep_house(now);
 		if (expired(word, now, cfg->idle, cfg->idle_new))
 			goto forgotten;
 		if (!frozen(cfg, now)) {
@@ -568,8 +562,10 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		COUNT_SLOT(ctx, word_slot(word), hit);
 		return SK_PASS;
 	}
-	if (frozen(cfg, now))
-		return untracked(ctx, cfg, waiting);
+	if (frozen(cfg, now)) {
+		left_untracked(now);
+		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
+	}
 	return rehome(ctx, cfg, f, row, identity, word, now, waiting);
 
 forgotten:
@@ -578,8 +574,11 @@ forgotten:
 	if (!second)
 		return fallback();
 unknown:
-	if (frozen(cfg, now))
-		return untracked(ctx, cfg, waiting);
+	keep_house(now);
+	if (frozen(cfg, now)) {
+		left_untracked(now);
+		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
+	}
 	return admit(ctx, cfg, first, second, identity, port, now, waiting);
 }
 

@@ -44,6 +44,15 @@ type SelectConfig struct {
 	Members    uint32
 	Serving    uint32
 	Joined     uint64
+	Prefix4    uint32
+	Prefix6    uint32
+	Offset     uint32
+	Length     uint32
+	Key        struct {
+		_    structs.HostLayout
+		High [6]uint64
+		Low  [6]uint64
+	}
 }
 
 type SelectCounters struct {
@@ -58,6 +67,20 @@ type SelectDetail struct {
 	_       structs.HostLayout
 	Client  [2]uint64
 	History uint64
+}
+
+type SelectHouse struct {
+	_     structs.HostLayout
+	Timer struct {
+		_ structs.HostLayout
+		_ [16]byte
+	}
+	Ticked uint32
+	Bucket uint32
+	Entry  uint32
+	Mend   uint32
+	Counts uint32
+	Full   uint32
 }
 
 type SelectListener struct {
@@ -79,9 +102,21 @@ type SelectLive struct {
 	Ranks [5]uint64
 }
 
+type SelectLoad struct {
+	_       structs.HostLayout
+	Flows   uint32
+	Recount uint32
+}
+
 type SelectPickPair struct {
 	_       structs.HostLayout
 	Entries [2]uint32
+}
+
+type SelectRow struct {
+	_     structs.HostLayout
+	Size  uint64
+	Slots [256]uint16
 }
 
 type SelectSlot struct {
@@ -108,17 +143,26 @@ const (
 	SelectMapCounters     = "counters"
 	SelectMapDetails      = "details"
 	SelectMapFlows        = "flows"
+	SelectMapHouse        = "house"
 	SelectMapListeners    = "listeners"
 	SelectMapLive         = "live"
+	SelectMapLoads        = "loads"
 	SelectMapPicks        = "picks"
+	SelectMapRows         = "rows"
 	SelectMapSlotCounters = "slot_counters"
 	SelectMapSlots        = "slots"
 	SelectMapSocks        = "socks"
+	SelectMapTurns        = "turns"
 	SelectProgRpselClock  = "rpsel_clock"
 	SelectProgRpselSelect = "rpsel_select"
 	SelectVarAffinity     = "affinity"
 	SelectVarBuckets      = "buckets"
 	SelectVarClockMult    = "clock_mult"
+	SelectVarKeyLength    = "key_length"
+	SelectVarKeyOffset    = "key_offset"
+	SelectVarPrefix4      = "prefix4"
+	SelectVarPrefix6      = "prefix6"
+	SelectVarTimer        = "timer"
 )
 
 // LoadSelect returns the embedded CollectionSpec for Select.
@@ -175,12 +219,16 @@ type SelectMapSpecs struct {
 	Counters     *ebpf.MapSpec `ebpf:"counters"`
 	Details      *ebpf.MapSpec `ebpf:"details"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
+	House        *ebpf.MapSpec `ebpf:"house"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	Live         *ebpf.MapSpec `ebpf:"live"`
+	Loads        *ebpf.MapSpec `ebpf:"loads"`
 	Picks        *ebpf.MapSpec `ebpf:"picks"`
+	Rows         *ebpf.MapSpec `ebpf:"rows"`
 	SlotCounters *ebpf.MapSpec `ebpf:"slot_counters"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
 	Socks        *ebpf.MapSpec `ebpf:"socks"`
+	Turns        *ebpf.MapSpec `ebpf:"turns"`
 }
 
 // SelectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -190,6 +238,11 @@ type SelectVariableSpecs struct {
 	Affinity  *ebpf.VariableSpec `ebpf:"affinity"`
 	Buckets   *ebpf.VariableSpec `ebpf:"buckets"`
 	ClockMult *ebpf.VariableSpec `ebpf:"clock_mult"`
+	KeyLength *ebpf.VariableSpec `ebpf:"key_length"`
+	KeyOffset *ebpf.VariableSpec `ebpf:"key_offset"`
+	Prefix4   *ebpf.VariableSpec `ebpf:"prefix4"`
+	Prefix6   *ebpf.VariableSpec `ebpf:"prefix6"`
+	Timer     *ebpf.VariableSpec `ebpf:"timer"`
 }
 
 // SelectObjects contains all objects after they have been loaded into the kernel.
@@ -216,12 +269,16 @@ type SelectMaps struct {
 	Counters     *ebpf.Map `ebpf:"counters"`
 	Details      *ebpf.Map `ebpf:"details"`
 	Flows        *ebpf.Map `ebpf:"flows"`
+	House        *ebpf.Map `ebpf:"house"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	Live         *ebpf.Map `ebpf:"live"`
+	Loads        *ebpf.Map `ebpf:"loads"`
 	Picks        *ebpf.Map `ebpf:"picks"`
+	Rows         *ebpf.Map `ebpf:"rows"`
 	SlotCounters *ebpf.Map `ebpf:"slot_counters"`
 	Slots        *ebpf.Map `ebpf:"slots"`
 	Socks        *ebpf.Map `ebpf:"socks"`
+	Turns        *ebpf.Map `ebpf:"turns"`
 }
 
 func (m *SelectMaps) Close() error {
@@ -230,12 +287,16 @@ func (m *SelectMaps) Close() error {
 		m.Counters,
 		m.Details,
 		m.Flows,
+		m.House,
 		m.Listeners,
 		m.Live,
+		m.Loads,
 		m.Picks,
+		m.Rows,
 		m.SlotCounters,
 		m.Slots,
 		m.Socks,
+		m.Turns,
 	)
 }
 
@@ -246,6 +307,11 @@ type SelectVariables struct {
 	Affinity  *ebpf.Variable `ebpf:"affinity"`
 	Buckets   *ebpf.Variable `ebpf:"buckets"`
 	ClockMult *ebpf.Variable `ebpf:"clock_mult"`
+	KeyLength *ebpf.Variable `ebpf:"key_length"`
+	KeyOffset *ebpf.Variable `ebpf:"key_offset"`
+	Prefix4   *ebpf.Variable `ebpf:"prefix4"`
+	Prefix6   *ebpf.Variable `ebpf:"prefix6"`
+	Timer     *ebpf.Variable `ebpf:"timer"`
 }
 
 // SelectPrograms contains all programs after they have been loaded into the kernel.

@@ -25,7 +25,7 @@ const settleRounds = 5
 const releasePatience = 5 * time.Second
 
 // Attach makes the reuseport group of conn sticky: it registers all members and
-// attaches the selection program. No flow moves. On a group that is attached
+// attaches the selection program. No flow moves (but see Options.Affinity). On a group that is attached
 // it registers what is new, and changes the policy, the times and the owner that
 // are given.
 //
@@ -82,8 +82,8 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 			g.Close()
 		}
 	}()
-	if o.Flows != 0 && uint32(o.Flows) != s.config.Values().Capacity {
-		return nil, fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, s.config.Values().Capacity, o.Flows)
+	if err := s.checkFixed(key, o); err != nil {
+		return nil, err
 	}
 	if err := g.attachAgain(conn, o, full); err != nil {
 		return nil, fmt.Errorf("attach %s: %w", key, err)

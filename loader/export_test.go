@@ -175,3 +175,71 @@ func NoRoom() (restore func()) {
 	place = func(*maps.Flows, maps.Entry) bool { return false }
 	return func() { place = (*maps.Flows).Place }
 }
+
+// NoTimer makes attaching load a program as for a kernel without bpf_timer, until
+// the returned function is called.
+func NoTimer() (restore func()) {
+	before := timer
+	timer = func() uint32 { return 0 }
+	return func() { timer = before }
+}
+
+// Entries is how many entries of the flow table are not empty, be they expired.
+func (g *Group) Entries() (n int, err error) {
+	now, err := g.state.now()
+	if err != nil {
+		return 0, err
+	}
+	flows, err := g.state.table()
+	if err != nil {
+		return 0, err
+	}
+	defer flows.Close()
+	forever := maps.Limits{New: 1 << 22, Established: 1 << 22}
+	for range flows.Words(now, forever) {
+		n++
+	}
+	return n, nil
+}
+
+// Picked is how many entries of the pick table name a slot.
+func (g *Group) Picked(slot int) (n int) {
+	waiting, after := g.state.picks.Load()
+	for k := range after {
+		if waiting[k] == uint16(slot) || after[k] == uint16(slot) {
+			n++
+		}
+	}
+	return n
+}
+
+// Live reports whether a slot is searched when the pick table has nobody.
+func (g *Group) Live(slot int) bool {
+	for rank := maps.RankNext; rank <= maps.RankDraining; rank++ {
+		if g.state.listeners.HasRank(uint32(slot), rank) {
+			return true
+		}
+	}
+	return false
+}
+
+// Now is the second of the program's clock.
+func (g *Group) Now() (uint32, error) { return g.state.now() }
+
+// Kept reports whether the program keeps house.
+func (g *Group) Kept() (bool, error) {
+	now, err := g.state.now()
+	if err != nil {
+		return false, err
+	}
+	return g.state.kept(now)
+}
+
+// ProgramID is the number of the group's program.
+func (g *Group) ProgramID() (uint32, error) { return g.state.programID() }
+
+// Load is how many flows the program believes the listener in a slot to have.
+func (g *Group) Load(slot int) int { return g.state.loads.Get(uint32(slot)) }
+
+// SetLoad makes it believe so.
+func (g *Group) SetLoad(slot int, flows uint32) { g.state.loads.Set(uint32(slot), flows) }

@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"iter"
 	"net/netip"
 	"time"
@@ -14,7 +15,8 @@ type Flow struct {
 	// Local is the group's address.
 	Local netip.AddrPort
 	// Client is the peer. A client of an IPv6 group that speaks IPv4 has an
-	// IPv4 address.
+	// IPv4 address. With AffinityClient it is the part of the address that
+	// counts, and port 0; with AffinityBytes, who sent the first packet.
 	Client netip.AddrPort
 	// Slot is where its listener is, or was if that died since.
 	Slot int
@@ -29,9 +31,20 @@ type Flow struct {
 	// Settling tells that the flow was first seen while the group settled, and
 	// so was left where the kernel's hash had it.
 	Settling bool
-	// Hash is the kernel's own hash of the flow's addresses and ports.
+	// Hash is the kernel's own hash of the flow's addresses and ports. It is
+	// known with AffinityFlow alone, else 0.
 	Hash uint32
+
+	clients netip.Prefix // whose packets these are
 }
+
+// From reports whether the flow is of a client with an address in the prefix. A
+// flow of AffinityClient may be of many.
+func (f Flow) From(p netip.Prefix) bool { return f.clients.Overlaps(p) }
+
+// ErrHashUnknown: where the kernel's hash would send a flow is only known with
+// AffinityFlow.
+var ErrHashUnknown = errors.New("the kernel's hash of a flow is known with affinity flow alone")
 
 // Rehomed reports whether the flow once had a listener that died.
 func (f Flow) Rehomed() bool { return f.Since < f.Age }
@@ -75,7 +88,15 @@ func age(now, second uint32) time.Duration {
 }
 
 func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow {
-	hash, _ := maps.HashOf(e.Identity)
+	v := g.state.config.Values()
+	var hash uint32
+	var prefix ClientPrefix
+	switch v.Affinity {
+	case maps.AffinityFlow:
+		hash, _ = maps.HashOf(e.Identity)
+	case maps.AffinityClient:
+		_, prefix = affinityOf(v)
+	}
 	return Flow{
 		Local:    g.key.Addr,
 		Client:   e.Client,
@@ -85,8 +106,9 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 		Age:      age(now, e.Created),
 		Idle:     age(now, e.Word.Second()),
 		Since:    age(now, e.Since),
-		Settling: maps.Age(g.state.config.Values().Settled, e.Created) > 0,
+		Settling: maps.Age(v.Settled, e.Created) > 0,
 		Hash:     hash,
+		clients:  prefix.of(e.Client.Addr()),
 	}
 }
 
@@ -159,7 +181,7 @@ func (g *Group) Flush(match func(Flow) bool) (n int, err error) {
 	// With the lock: what an upgrade has copied already would come back.
 	err = g.locked(func() error {
 		n, err = g.flush(match)
-		return err
+		return errors.Join(err, g.state.recount())
 	})
 	return n, err
 }
@@ -202,7 +224,8 @@ func (g *Group) flush(match func(Flow) bool) (n int, err error) {
 type Forecast struct {
 	// Flows is how many flows are tracked.
 	Flows int
-	// Move is how many of them the kernel's hash would serve elsewhere.
+	// Move is how many of them the kernel's hash would serve elsewhere, -1 if
+	// that is not known: see ErrHashUnknown.
 	Move int
 }
 
@@ -219,6 +242,13 @@ func (g *Group) DetachForecast() (Forecast, error) {
 	}
 	registered, err := g.state.registered()
 	if err != nil {
+		return f, err
+	}
+	if g.state.config.Values().Affinity != maps.AffinityFlow {
+		f.Flows, _, err = g.CountFlows()
+		if f.Flows > 0 {
+			f.Move = -1
+		}
 		return f, err
 	}
 	for flow, err := range g.Flows() {
@@ -239,7 +269,12 @@ func (g *Group) DetachForecast() (Forecast, error) {
 
 // Where returns the member of the group that plain Linux would pick for the
 // flow now. It reports false if the group has no member left.
+//
+// Errors: ErrHashUnknown.
 func (g *Group) Where(f Flow) (sockets.Socket, bool, error) {
+	if g.state.config.Values().Affinity != maps.AffinityFlow {
+		return sockets.Socket{}, false, ErrHashUnknown
+	}
 	order, err := g.kernelOrder()
 	if err != nil || len(order) == 0 {
 		return sockets.Socket{}, false, err

@@ -43,12 +43,7 @@ func (p process) has(l maps.Listener) bool {
 
 // startOf reads when a process started (proc_pid_stat(5), field 22).
 func startOf(pid int) uint64 {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
-	}
-	// The name in parentheses may have anything in it; field 3 comes after it.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	fields := statOf(pid)
 	if len(fields) < 20 {
 		return 0
 	}
@@ -57,6 +52,17 @@ func startOf(pid int) uint64 {
 		return 0
 	}
 	return started
+}
+
+// statOf reads what the kernel tells of a process (proc_pid_stat(5)), from field
+// 3 on; nothing, if it is gone.
+func statOf(pid int) []string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	// The name in parentheses may have anything in it; field 3 comes after it.
+	return strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 }
 
 // batch is the newest generation.
@@ -259,8 +265,8 @@ func (s *state) turn(now uint32, r *roll, joining ...uint32) {
 // await makes the group wait for the next generation, and until it has settled.
 func (s *state) await(now, turn uint32) {
 	what, settling := s.config.Waiting(now)
-	if what != maps.Settling || s.config.Values().Affinity == maps.AffinityNone {
-		// Without affinity the program pays no heed to settling.
+	if what != maps.Settling || s.config.Values().Affinity != maps.AffinityFlow {
+		// With another affinity the program pays no heed to settling.
 		s.config.Wait(maps.Turning, now, now+turn)
 		return
 	}
@@ -289,6 +295,9 @@ func (s *state) settle(now uint32, d time.Duration) error {
 		return err
 	}
 	v := s.config.Values()
+	if v.Affinity != maps.AffinityFlow {
+		d = 0 // nothing is left where the kernel's hash has it
+	}
 	v.Settled = settledAt(now, d)
 	turn := uint32(0)
 	if next, left := s.pending(now, s.active(r)); next != 0 {
@@ -297,7 +306,7 @@ func (s *state) settle(now uint32, d time.Duration) error {
 	switch {
 	case turn == 0:
 		s.config.Wait(maps.Settling, now, v.Settled)
-	case d == 0 || v.Affinity == maps.AffinityNone:
+	case d == 0:
 		s.config.Wait(maps.Turning, now, now+turn)
 	default:
 		s.config.Wait(maps.Settling, now, max(now+turn, v.Settled))
@@ -331,6 +340,9 @@ func (s *state) setPolicy(now uint32, p Policy) error {
 	}
 	atomic.StoreUint32(&v.Policy, p.number())
 	fault.Point("policy set")
+	if err := s.recount(); err != nil {
+		return err
+	}
 	var level []uint16
 	for slot := range r.records {
 		level = append(level, uint16(slot))

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/maps"
 )
 
 // Housekept is what a Housekeep did.
@@ -24,8 +27,9 @@ const sweepBuckets = 1 << 14
 
 // Housekeep does what is no packet's business: it buries listeners that died and
 // deals their share of new flows to the others, follows a turn of generations,
-// completes what killed commands left, and removes expired flows, in a part of
-// the table at a time (every 30 seconds, on from where the last one of this Group
+// completes what killed commands left, and, where the program does not do it
+// itself for want of a timer (HaveTimer), removes expired flows, in a part of the
+// table at a time (every 30 seconds, on from where the last one of this Group
 // ended). Traffic does not need it, but stays evener by it, and on a group where
 // it runs every few hours no expired flow is left when the clock wraps.
 //
@@ -50,15 +54,30 @@ func (g *Group) Housekeep() (Housekept, error) {
 	if err != nil {
 		return h, fmt.Errorf("%s: %w", g.key, err)
 	}
-	if !found.none() {
+	if !found.none() || found.moved {
 		err = g.repaired(func(_ uint32, found findings) error {
 			h.Buried, h.Repaired = len(found.died), !found.none()
 			return nil
 		})
 	}
-	forgotten, sweepErr := g.sweep(s, now)
-	h.Forgotten = forgotten
-	return h, errors.Join(err, sweepErr)
+	kept, houseErr := s.kept(now)
+	if houseErr == nil && !kept {
+		h.Forgotten, houseErr = g.sweep(s, now)
+	}
+	return h, errors.Join(err, houseErr)
+}
+
+// ticksLate is after how many seconds without a tick the timer does not run: that
+// of a group that has had no packet yet, or of a kernel without timers.
+const ticksLate = 3
+
+// kept reports whether the program's timer keeps house.
+func (s *state) kept(now uint32) (bool, error) {
+	var h bpf.SelectHouse
+	if err := s.House.Lookup(uint32(0), &h); err != nil {
+		return false, fmt.Errorf("look after the timer: %w", err)
+	}
+	return h.Ticked != 0 && maps.Age(now, h.Ticked) <= ticksLate, nil
 }
 
 // sweepPause is how long after a sweep the next one is due. Tests are less patient.
@@ -80,5 +99,9 @@ func (g *Group) sweep(s *state, now uint32) (forgotten int, err error) {
 	first := int(g.swept.Load()) % buckets // an upgrade may have made another table
 	end := min(first+sweepBuckets, buckets)
 	g.swept.Store(int64(end % buckets))
-	return flows.Sweep(first, end, now, s.config.Limits()), nil
+	n := flows.Sweep(first, end, now, s.config.Limits())
+	if n > 0 {
+		err = s.recount()
+	}
+	return n, err
 }

@@ -17,7 +17,9 @@ import (
 // Expired flows are removed, so that none comes back when the clock wraps, or as
 // here when flows may be silent for longer. Flows that have not expired stay where
 // they are. The control is a table that is frozen, where nothing may be removed.
+// All that is where the program has no timer to do it itself.
 func TestHousekeepForgets(t *testing.T) {
+	defer loader.NoTimer()()
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 3, udpServer)
 	g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: 3 * time.Second})

@@ -89,25 +89,67 @@ const (
 	// generation takes over once it has as many members as the one before, or
 	// after five seconds. While nobody of it is alive the one before serves.
 	PolicyNewest
+	// PolicyLeast draws two listeners as PolicyHash draws one, and gives the flow
+	// to the one that has fewer flows for its weight. Where nothing is tracked
+	// (TCP) it knows no flows, and is PolicyHash.
+	PolicyLeast
+	// PolicyRR gives new flows to the listeners in turn, as often as their weights
+	// say. Each CPU has turns of its own. The turn of a dead one goes to another at
+	// random; with more than 256 listeners all do.
+	PolicyRR
+	// PolicyRandom draws a listener at random, as their weights are.
+	PolicyRandom
+	// PolicyCPU gives a flow to a listener whose process last ran on the CPU that
+	// takes the flow's first packet; if there is none, to one on the nearest node
+	// that has any; on a machine with one node, to any, as PolicyHash. Where a
+	// process ran is looked up when its listener registers and at each Housekeep:
+	// it means most for processes that are pinned to a CPU.
+	PolicyCPU
 )
 
-var policies = map[Policy]string{PolicyHash: "hash", PolicyNewest: "newest"}
+// policies is each one's name, and what the maps have for it.
+var policies = []struct {
+	policy Policy
+	name   string
+	number uint32
+}{
+	{PolicyHash, "hash", maps.PolicyHash},
+	{PolicyNewest, "newest", maps.PolicyNewest},
+	{PolicyLeast, "least", maps.PolicyLeast},
+	{PolicyRR, "rr", maps.PolicyRR},
+	{PolicyRandom, "random", maps.PolicyRandom},
+	{PolicyCPU, "cpu", maps.PolicyCPU},
+}
 
 // Policies lists the names of the policies.
-func Policies() []string { return []string{PolicyHash.String(), PolicyNewest.String()} }
+func Policies() (names []string) {
+	for _, p := range policies {
+		names = append(names, p.name)
+	}
+	return names
+}
 
 // String returns the name as users write it; that of the zero Policy is empty.
-func (p Policy) String() string { return policies[p] }
+func (p Policy) String() string {
+	for _, known := range policies {
+		if known.policy == p {
+			return known.name
+		}
+	}
+	return ""
+}
 
 // UnmarshalText takes a name of Policies.
 func (p *Policy) UnmarshalText(text []byte) error {
-	for policy, name := range policies {
-		if name == string(text) {
-			*p = policy
+	for _, known := range policies {
+		if known.name == string(text) {
+			*p = known.policy
 			return nil
 		}
 	}
-	return fmt.Errorf("use %s", strings.Join(Policies(), " or "))
+	names := Policies()
+	last := len(names) - 1
+	return fmt.Errorf("use %s or %s", strings.Join(names[:last], ", "), names[last])
 }
 
 // MarshalText returns the name.
@@ -115,10 +157,22 @@ func (p Policy) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
 
 // number is what the maps have for it.
 func (p Policy) number() uint32 {
-	if p == PolicyNewest {
-		return maps.PolicyNewest
+	for _, known := range policies {
+		if known.policy == p {
+			return known.number
+		}
 	}
 	return maps.PolicyHash
+}
+
+// policyOf is the policy that the maps have.
+func policyOf(number uint32) Policy {
+	for _, known := range policies {
+		if known.number == number {
+			return known.policy
+		}
+	}
+	return policyKept
 }
 
 // Options say how a group is attached. The zero value is what most want.
@@ -135,7 +189,15 @@ type Options struct {
 	// Settle is how long after the attach flows that look new are left where
 	// the kernel's hash has them: until then flows that began before the
 	// attach may not have been seen. Zero is DefaultSettle; negative is none.
+	// Nothing settles with another affinity than AffinityFlow.
 	Settle time.Duration
+	// Affinity says what counts as the same client. Fixed while attached. With
+	// another one than AffinityFlow the attach moves flows: all but one in so
+	// many as there are listeners.
+	Affinity Affinity
+	// ClientPrefix says how many bits of an address count with AffinityClient,
+	// and goes with no other affinity. Fixed while attached.
+	ClientPrefix ClientPrefix
 	// Policy says who gets new flows: PolicyHash by default. On a group that is
 	// attached the zero Policy changes nothing. No tracked flow moves.
 	Policy Policy
@@ -186,8 +248,11 @@ func (o Options) withDefaults() (Options, error) {
 	case o.Settle < 0:
 		o.Settle = 0
 	}
-	if o.Policy < policyKept || o.Policy > PolicyNewest {
+	if o.Policy < policyKept || o.Policy > PolicyCPU {
 		return o, fmt.Errorf("policy %d: use one of %s", o.Policy, strings.Join(Policies(), ", "))
+	}
+	if err := o.checkAffinity(); err != nil {
+		return o, err
 	}
 	if o.Flows < MinFlows || o.Flows > MaxFlows {
 		return o, fmt.Errorf("flows %d: use %d to %d", o.Flows, MinFlows, MaxFlows)

@@ -84,6 +84,9 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if err := o.CheckOwner(key); err != nil {
 		return Plan{}, err
 	}
+	if err := o.Affinity.CheckProto(key.Proto); err != nil {
+		return Plan{}, fmt.Errorf("%s: %w", key, err)
+	}
 	s, err := fs.open(key)
 	if errors.Is(err, ErrNotAttached) {
 		return makePlan(key, conn, nil, o)
@@ -92,8 +95,8 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 		return Plan{}, err
 	}
 	defer s.close()
-	if o.Flows != 0 && uint32(o.Flows) != s.config.Values().Capacity {
-		return Plan{}, fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, s.config.Values().Capacity, o.Flows)
+	if err := s.checkFixed(key, o); err != nil {
+		return Plan{}, err
 	}
 	return makePlan(key, conn, s, o)
 }

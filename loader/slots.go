@@ -74,6 +74,7 @@ type findings struct {
 	late   []uint32 // slots without the share, or rank, they are due
 	opened uint32   // a generation that a killed command did not note, or 0
 	stale  bool     // the pick table, or who may serve, is of a time that is over
+	moved  bool     // rows are to be made anew: with policy cpu, listeners run elsewhere
 }
 
 func (f findings) none() bool {
@@ -125,7 +126,8 @@ func (s *state) look(now uint32) (f findings, r *roll, err error) {
 		f.opened = 0
 	}
 	slices.Sort(f.late)
-	return f, r, nil
+	f.moved, err = s.seatRows(r, next, false)
+	return f, r, err
 }
 
 // repair finishes what a killed command began, buries the listeners that died,
@@ -133,7 +135,7 @@ func (s *state) look(now uint32) (f findings, r *roll, err error) {
 // dead, or free. It returns what it found.
 func (s *state) repair(now uint32) (findings, error) {
 	f, r, err := s.look(now)
-	if err != nil || f.none() {
+	if err != nil || f.none() && !f.moved {
 		return f, err
 	}
 	if what, _ := s.config.Waiting(now); what == maps.NotWaiting {
@@ -232,6 +234,7 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 	s.listeners.SetState(slot, maps.SlotJoining)
 	fault.Point("slot joining")
 	s.listeners.NextIncarnation(slot)
+	s.loads.Set(slot, 0)
 	fault.Point("slot numbered")
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err
@@ -343,6 +346,9 @@ func (s *state) deal(now uint32, table maps.Table, joining []uint32, level []uin
 	}
 	fault.Point("table dealt")
 	if err := s.picks.Store(waiting, after); err != nil {
+		return err
+	}
+	if _, err := s.seatRows(r, next, true); err != nil {
 		return err
 	}
 	fault.Point("table in force")

@@ -6,11 +6,14 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
@@ -37,6 +40,8 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		bpf.SelectMapConfig: &m.Config, bpf.SelectMapCounters: &m.Counters,
 		bpf.SelectMapDetails: &m.Details, bpf.SelectMapFlows: &m.Flows,
+		bpf.SelectMapHouse: &m.House, bpf.SelectMapLoads: &m.Loads,
+		bpf.SelectMapRows: &m.Rows, bpf.SelectMapTurns: &m.Turns,
 		bpf.SelectMapListeners: &m.Listeners, bpf.SelectMapLive: &m.Live,
 		bpf.SelectMapPicks: &m.Picks, bpf.SelectMapSlotCounters: &m.SlotCounters,
 		bpf.SelectMapSlots: &m.Slots, bpf.SelectMapSocks: &m.Socks,
@@ -44,6 +49,9 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 }
 
 const programPin = "prog"
+
+// laterMaps are those that layout 1 did not have.
+var laterMaps = []string{bpf.SelectMapHouse, bpf.SelectMapLoads, bpf.SelectMapRows, bpf.SelectMapTurns}
 
 // close gives back the descriptors.
 func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close()) }
@@ -56,6 +64,8 @@ type state struct {
 	listeners *maps.Listeners
 	sockets   *maps.Sockets
 	counters  *maps.Counters
+	loads     *maps.Loads
+	rows      *maps.Rows
 	programID func() (uint32, error) // of RpselSelect; asked once, for the answer takes long
 }
 
@@ -64,12 +74,13 @@ func (s *state) close() error { return errors.Join(s.unview(), s.pinned.close())
 
 // unview gives back the memory.
 func (s *state) unview() error {
-	return errors.Join(s.picks.Close(), s.listeners.Close(), s.config.Close())
+	return errors.Join(s.picks.Close(), s.listeners.Close(), s.loads.Close(), s.rows.Close(), s.config.Close())
 }
 
 // view maps what user space reads and writes, all of it or nothing.
 func (s *state) view() (err error) {
 	s.config, s.picks, s.listeners = &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
+	s.loads, s.rows = &maps.Loads{}, &maps.Rows{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.unview())
@@ -100,6 +111,16 @@ func (s *state) view() (err error) {
 		return err
 	}
 	s.listeners = listeners
+	loads, err := maps.OpenLoads(s.SelectMaps.Loads)
+	if err != nil {
+		return err
+	}
+	s.loads = loads
+	rows, err := maps.OpenRows(s.SelectMaps.Rows)
+	if err != nil {
+		return err
+	}
+	s.rows = rows
 	return nil
 }
 
@@ -148,8 +169,8 @@ func settledAt(now uint32, d time.Duration) uint32 {
 
 // constants are what is fixed when a program is loaded.
 type constants struct {
-	flows, affinity, clockMult uint32
-	pickPairs                  uint32
+	flows, clockMult, pickPairs uint32
+	affinity                    *bpf.SelectConfig // what it says of that
 }
 
 // setOwner changes the owner, if the options say so.
@@ -158,6 +179,18 @@ func (s *state) setOwner(o Options) {
 		s.config.SetOwner(*o.Owner, *o.Owner != NoOwner)
 	}
 }
+
+// HaveTimer reports whether the kernel has the timer by which a group's program
+// keeps house (Linux 5.15). Without it the agent has to.
+func HaveTimer() bool { return features.HaveProgramHelper(ebpf.SkReuseport, asm.FnTimerInit) == nil }
+
+// timer is HaveTimer as the program wants to know it.
+var timer = sync.OnceValue(func() uint32 {
+	if HaveTimer() {
+		return 1
+	}
+	return 0
+})
 
 // load loads a program, and maps of its own where keep has none.
 func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
@@ -178,6 +211,9 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 	return s, nil
 }
 
+// udpHeader is how many bytes come before the payload.
+const udpHeader = 8
+
 // spec describes the program and its maps.
 func (c constants) spec() (*ebpf.CollectionSpec, error) {
 	spec, err := loadSelect()
@@ -185,10 +221,17 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 		return nil, err
 	}
 	buckets := maps.BucketsFor(int(c.flows))
-	for name, value := range map[string]uint32{
+	_, prefix := affinityOf(c.affinity)
+	mask4, mask6 := prefix.masks()
+	for name, value := range map[string]any{
 		bpf.SelectVarBuckets:   buckets,
-		bpf.SelectVarAffinity:  c.affinity,
+		bpf.SelectVarAffinity:  c.affinity.Affinity,
+		bpf.SelectVarPrefix4:   mask4,
+		bpf.SelectVarPrefix6:   mask6,
+		bpf.SelectVarKeyOffset: udpHeader + c.affinity.Offset,
+		bpf.SelectVarKeyLength: max(1, c.affinity.Length),
 		bpf.SelectVarClockMult: c.clockMult,
+		bpf.SelectVarTimer:     timer(),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
@@ -197,6 +240,11 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 	spec.Maps[bpf.SelectMapFlows].MaxEntries = buckets
 	spec.Maps[bpf.SelectMapDetails].MaxEntries = buckets * maps.BucketSize
 	spec.Maps[bpf.SelectMapPicks].MaxEntries = c.pickPairs
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, err
+	}
+	spec.Maps[bpf.SelectMapRows].MaxEntries = uint32(cpus)
 	return spec, nil
 }
 
@@ -210,12 +258,9 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	if err != nil {
 		return nil, err
 	}
-	affinity := uint32(maps.AffinityFlow)
-	if key.Proto == TCP {
-		// An accepted connection is sticky by itself.
-		affinity = maps.AffinityNone
-	}
-	s, err := load(constants{uint32(o.Flows), affinity, mult, maps.PickPairs(members)}, nil)
+	var config bpf.SelectConfig
+	setAffinity(&config, key.Proto, o)
+	s, err := load(constants{uint32(o.Flows), mult, maps.PickPairs(members), &config}, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -229,9 +274,9 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 		return nil, err
 	}
 	c := s.config.Values()
+	*c = config
 	c.Abi = maps.ABI
 	c.Policy = o.Policy.number()
-	c.Affinity = affinity
 	c.Confirm = maps.ConfirmClient
 	c.Capacity = uint32(o.Flows)
 	c.Attached = now
@@ -383,7 +428,7 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 		return nil, fmt.Errorf("%s: %w: it has no layout: detach it", key, ErrIncompatible)
 	}
 	for name, m := range p.maps() {
-		if *m != nil {
+		if *m != nil || p.layout == 1 && slices.Contains(laterMaps, name) {
 			continue
 		}
 		if *m, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil); err != nil {

@@ -56,9 +56,11 @@ type Status struct {
 	// has no member.
 	NetNSInode uint64
 	// Attached tells that the live group has rpsel's program.
-	Attached                  bool
-	Policy, Affinity, Confirm string
-	Idle, IdleNew             time.Duration
+	Attached        bool
+	Policy, Confirm string
+	Affinity        Affinity
+	ClientPrefix    ClientPrefix
+	Idle, IdleNew   time.Duration
 	// Owner is the user whose processes may register through the agent; nil:
 	// nobody.
 	Owner *uint32
@@ -99,9 +101,8 @@ func (g *Group) status() (Status, error) {
 	s, v := g.state, g.state.config.Values()
 	status := Status{
 		Key:          g.key,
-		Policy:       map[uint32]Policy{maps.PolicyHash: PolicyHash, maps.PolicyNewest: PolicyNewest}[s.policy()].String(),
+		Policy:       policyOf(s.policy()).String(),
 		Generation:   int(v.Generation),
-		Affinity:     map[uint32]string{maps.AffinityFlow: "flow", maps.AffinityNone: "none"}[v.Affinity],
 		Confirm:      "client",
 		Capacity:     int(v.Capacity),
 		Listeners:    []Listener{},
@@ -111,6 +112,7 @@ func (g *Group) status() (Status, error) {
 	if err != nil {
 		return status, err
 	}
+	status.Affinity, status.ClientPrefix = affinityOf(v)
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second

@@ -152,6 +152,12 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 		if u.Flows, err = f.copyFlows(s); err != nil {
 			return err
 		}
+		if err := s.leftUntracked(f.since); err != nil {
+			return err
+		}
+		if err := s.recount(); err != nil {
+			return err
+		}
 	}
 	if u.Program {
 		if err := through(live, func(conn syscall.Conn) error { return attachProgram(conn, s.RpselSelect) }); err != nil {
@@ -183,9 +189,10 @@ func (p *pinned) values() (bpf.SelectConfig, error) {
 
 // successor loads this binary's program on the maps of an older state, and makes
 // those anew that have another layout or size, with what they held; but for the
-// flows. It returns their names. Nothing of the older state changes.
+// flows. It returns their names. Nothing of the older state changes. The map of
+// the timer is each program's own.
 func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, made []string, err error) {
-	c := constants{uint32(capacity), config.Affinity, config.ClockMult, p.Picks.MaxEntries()}
+	c := constants{uint32(capacity), config.ClockMult, p.Picks.MaxEntries(), &config}
 	spec, err := c.spec()
 	if err != nil {
 		return nil, nil, err
@@ -193,12 +200,16 @@ func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, mad
 	var anew []string
 	if p.layout == 1 {
 		anew = append(anew, bpf.SelectMapConfig, bpf.SelectMapLive, bpf.SelectMapListeners)
+		anew = append(anew, laterMaps...)
 	}
 	if capacity != int(config.Capacity) {
 		anew = append(anew, bpf.SelectMapConfig, bpf.SelectMapFlows, bpf.SelectMapDetails)
 	}
 	keep := map[string]*ebpf.Map{}
 	for name, m := range p.maps() {
+		if name == bpf.SelectMapHouse {
+			continue
+		}
 		if slices.Contains(anew, name) {
 			made = append(made, name)
 			continue

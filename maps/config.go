@@ -13,12 +13,22 @@ const ABI = 2
 
 // Policies, affinities and ways of confirmation, as in bpf/rpsel.h.
 const (
-	PolicyHash    = 0 // by the pick table
-	PolicyNewest  = 1 // by the pick table, which names the newest generation only
-	AffinityFlow  = 0 // client address and port, and local address
-	AffinityNone  = 1 // every packet is picked anew
-	ConfirmClient = 0 // by the client's next packet
+	PolicyHash     = 0 // by the pick table
+	PolicyNewest   = 1 // by the pick table, which names the newest generation only
+	PolicyLeast    = 2 // of two candidates the one with fewer flows for its weight
+	PolicyRR       = 3 // each in turn
+	PolicyRandom   = 4 // drawn for each flow
+	PolicyCPU      = 5 // one that ran on the CPU
+	AffinityFlow   = 0 // client address and port, and local address
+	AffinityNone   = 1 // every packet is picked anew
+	AffinityClient = 2 // client address, or a prefix of it
+	AffinityBytes  = 3 // bytes of the payload
+	ConfirmClient  = 0 // by the client's next packet
 )
+
+// KeyBytes is how many bytes of a payload can be an identity (KEY_BYTES in
+// bpf/rpsel.h).
+const KeyBytes = 20
 
 // Config is what user space tells the selection program, and itself. Several
 // processes may read it at once; only the holder of the namespace's lock writes.

@@ -71,6 +71,9 @@ func (f *Flows) Close() error {
 	return errors.Join(f.buckets.Close(), f.details.Close())
 }
 
+// Forever are limits within which no flow expires.
+var Forever = Limits{New: 1 << (secondBits - 1), Established: 1 << (secondBits - 1)}
+
 // Live reports whether the word is a flow's that has not expired.
 func (l Limits) Live(w Word, now uint32) bool {
 	silent := Age(now, w.Second())

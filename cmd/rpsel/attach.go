@@ -21,7 +21,7 @@ func newAttachCmd(e *env) *cobra.Command {
 		Use:   "attach --port PORT",
 		Short: "Make the groups on a port sticky",
 		Long: `Make every reuseport group on a port sticky while its servers run: register their
-sockets and attach the selection program. No flow moves. On a group that is
+sockets and attach the selection program. No flow moves, unless by --affinity. On a group that is
 attached, register what is new.
 
 With --policy newest, new flows go to the newest generation of processes, and the
@@ -31,6 +31,23 @@ seconds of each other are one generation. It takes over when it has as many
 listeners as the one before, or after 5 seconds. Who joins when the newest lacks a
 listener that died takes its place. --generation new makes the next process to
 join, by this command or after it, open another generation all the same.
+
+The other policies choose among all active listeners, by their weights: hash by the
+flow's hash; least draws two and takes the one with fewer flows; rr each in turn;
+random at random; cpu one that ran on the CPU the packet came to, which is meant for
+servers that are pinned to a CPU each. Where nothing is tracked (TCP) least is hash.
+A change of the policy moves no flow.
+
+With --affinity client all that comes from one address goes to one listener,
+whatever the port, and with --client-prefix 24/56 all that comes from one network:
+a carrier's NAT gives a client several addresses. With bytes:OFFSET,LENGTH it goes
+by bytes of the payload, such as the id of a session, so that a client may change
+its address; a datagram too short for them goes by its flow. That does not serve
+QUIC, whose id the server chooses anew after the client's first packets. With none
+each datagram goes to any listener, as DNS or syslog likes it, and nothing is
+tracked. TCP knows none, which is the default, and client: connections are given
+out when they are opened. What is not "flow" is not what the kernel goes by: then
+the attach moves flows, with N listeners all but one in N, and so does the detach.
 
 With --owner, processes of the servers' user may register their own sockets
 through "rpsel agent", without a capability; "--owner none" takes that back.
@@ -42,12 +59,20 @@ attached before it are detached again.`,
   rpsel attach --port 5300 --adopt
   rpsel attach --port 1194 --flows 1000000 --idle 10m
   rpsel attach --port 1194 --policy newest
+  rpsel attach --port 1194 --policy least
   rpsel attach --port 1194 --generation new
+  rpsel attach --port 5300 --affinity client --client-prefix 24/56
   rpsel attach --port 4433 --owner nobody`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.needPort(cmd); err != nil {
 				return err
+			}
+			if a.options.ClientPrefix != (loader.ClientPrefix{}) && a.options.Affinity != loader.AffinityClient {
+				return usageError("--client-prefix %s: it goes with --affinity client", a.options.ClientPrefix)
+			}
+			if err := a.options.Affinity.CheckProto(a.protocol()); err != nil {
+				return usageError("--%v", err)
 			}
 			switch {
 			case a.settle == 0:
@@ -81,8 +106,13 @@ attached before it are detached again.`,
 		fmt.Sprintf("forget an established flow after this `TIME` of silence (default %s)", tidy(loader.DefaultIdle)))
 	flags.Var(durationValue{&a.options.IdleNew, time.Second, loader.MaxIdle}, "idle-new",
 		fmt.Sprintf("forget a flow of one packet after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
+	flags.Var((*affinityValue)(&a.options.Affinity), "affinity",
+		"what counts as the same client: address and port, address, bytes of the payload, nothing (default flow, none for TCP)")
+	flags.Var((*clientPrefixValue)(&a.options.ClientPrefix), "client-prefix",
+		"with --affinity client: bits of IPv4 and IPv6 addresses that count (default 32/128)")
+	complete(cmd, "affinity", "flow", "client", "bytes:", "none")
 	flags.Var((*policyValue)(&a.options.Policy), "policy",
-		fmt.Sprintf("who gets new flows: all, or the newest generation (default %s at the first attach)", loader.PolicyHash))
+		fmt.Sprintf("who gets new flows (default %s at the first attach)", loader.PolicyHash))
 	flags.Var((*generationValue)(&a.options.NewGeneration), "generation", "of processes that join: by the rule above, or another one")
 	complete(cmd, "policy", loader.Policies()...)
 	complete(cmd, "generation", "auto", "new")
@@ -302,6 +332,9 @@ func (a *attachment) attachOne(j job, undo *[]func() error) (status loader.Statu
 		switch joined := len(g.Joined()); {
 		case g.Fresh():
 			a.env.say("%s: attached, %s registered", name, plural(joined, "listener"))
+			if affinity := a.options.Affinity; g.Key().Proto == loader.UDP && affinity != "" && affinity != loader.AffinityFlow && joined > 1 {
+				a.env.say("%s: affinity %s is not what the kernel goes by: of the flows there were, some %d in %d have another listener now", name, affinity, joined-1, joined)
+			}
 		case joined > 0:
 			a.env.say("%s: was attached, %s registered in addition", name, plural(joined, "listener"))
 		default:

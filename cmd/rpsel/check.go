@@ -156,6 +156,7 @@ func (c *checker) machine() {
 	c.bpffs()
 	c.jit()
 	c.cgroup2(kernel)
+	c.note("bpf_timer", "housekeeping while no agent runs", loader.HaveTimer(), "Linux 5.15 or later")
 	c.note("SO_REUSEADDR in bind hooks", "run --reuseaddr", kernel.atLeast(6, 1), "Linux 6.1 or later")
 }
 

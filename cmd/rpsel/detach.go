@@ -18,7 +18,7 @@ func newDetachCmd(e *env) *cobra.Command {
 		Short: "Give a port back to the kernel's hash",
 		Long: `Take rpsel's program off every group on the port and remove the state. Flows go
 back to where the kernel's hash sends them; --dry-run counts those that would
-then have another listener. With -N all it does so in every network namespace, and
+then have another listener (of affinity flow; of another it cannot tell). With -N all it does so in every network namespace, and
 removes what is left of those that are gone.`,
 		Example: `  rpsel detach --port 1194 --dry-run
   rpsel detach --port 1194`,
@@ -99,8 +99,8 @@ func detach(e *env, s *scope, keys []loader.Key, asJSON bool) error {
 func forecast(e *env, s *scope, keys []loader.Key, asJSON bool) error {
 	type forecastJSON struct {
 		groupJSON
-		Flows int `json:"flows"`
-		Move  int `json:"move"`
+		Flows int  `json:"flows"`
+		Move  *int `json:"move"` // null: unknown
 	}
 	answer := struct {
 		Schema int            `json:"schema"`
@@ -117,7 +117,11 @@ func forecast(e *env, s *scope, keys []loader.Key, asJSON bool) error {
 		if err != nil {
 			return err
 		}
-		answer.Groups = append(answer.Groups, forecastJSON{s.groupJSON(k, s.inodeOf(k)), f.Flows, f.Move})
+		answer.Groups = append(answer.Groups, forecastJSON{s.groupJSON(k, s.inodeOf(k)), f.Flows, nullIfNegative(f.Move)})
+		if f.Move < 0 {
+			text += fmt.Sprintf("%s: how many of %s would move cannot be told: %v\n", s.groupName(k), plural(f.Flows, "flow"), loader.ErrHashUnknown)
+			continue
+		}
 		text += fmt.Sprintf("%s: %d of %s would move\n", s.groupName(k), f.Move, plural(f.Flows, "flow"))
 	}
 	if asJSON {

@@ -217,6 +217,24 @@ func (p *policyValue) Set(text string) error { return (*loader.Policy)(p).Unmars
 func (p *policyValue) String() string        { return loader.Policy(*p).String() }
 func (p *policyValue) Type() string          { return strings.Join(loader.Policies(), "|") }
 
+// affinityValue is a flag that takes an affinity.
+type affinityValue loader.Affinity
+
+func (a *affinityValue) Set(text string) error {
+	return (*loader.Affinity)(a).UnmarshalText([]byte(text))
+}
+func (a *affinityValue) String() string { return string(*a) }
+func (a *affinityValue) Type() string   { return "flow|client|bytes:OFFSET,LENGTH|none" }
+
+// clientPrefixValue is a flag that takes the numbers of bits of client addresses.
+type clientPrefixValue loader.ClientPrefix
+
+func (p *clientPrefixValue) Set(text string) error {
+	return (*loader.ClientPrefix)(p).UnmarshalText([]byte(text))
+}
+func (p *clientPrefixValue) String() string { return loader.ClientPrefix(*p).String() }
+func (p *clientPrefixValue) Type() string   { return "V4/V6" }
+
 // generationValue is a flag that takes auto or new, which is true.
 type generationValue bool
 

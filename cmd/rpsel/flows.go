@@ -38,7 +38,7 @@ func (f flowFilter) check(list []loader.Status) error {
 
 // match tells whether a flow, whose listener is of process pid, is chosen.
 func (f flowFilter) match(flow loader.Flow, pid int) bool {
-	return (!f.client.IsValid() || f.client.Contains(flow.Client.Addr())) &&
+	return (!f.client.IsValid() || flow.From(f.client)) &&
 		(f.slot < 0 || f.slot == flow.Slot) &&
 		(f.pid == 0 || f.pid == pid)
 }

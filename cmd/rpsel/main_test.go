@@ -73,6 +73,16 @@ func TestUsage(t *testing.T) {
 		{"attach --port 1 --owner 4294967295", `--owner "4294967295": use a user's name or number, or none`},
 		{"attach --port 1 --policy lottery", `--policy "lottery": use hash or newest`},
 		{"attach --port 1 --policy=", `--policy "": use hash or newest`},
+		{"attach --port 1 --affinity server", `--affinity "server": use flow, client, bytes:OFFSET,LENGTH (of the payload; up to 1024 and 1 to 20) or none`},
+		{"attach --port 1 --affinity bytes:0", `--affinity "bytes:0": use flow, client`},
+		{"attach --port 1 --affinity bytes:0,21", `--affinity "bytes:0,21": use flow, client`},
+		{"attach --port 1 --affinity bytes:-1,4", `--affinity "bytes:-1,4": use flow, client`},
+		{"attach --port 1 --proto tcp --affinity bytes:0,4", `--affinity bytes:0,4: for TCP use client or none`},
+		{"attach --port 1 --proto tcp --affinity flow", `--affinity flow: for TCP use client or none`},
+		{"attach --port 1 --client-prefix 24/56", `--client-prefix 24/56: it goes with --affinity client`},
+		{"attach --port 1 --affinity client --client-prefix 24", `--client-prefix "24": use two numbers of bits`},
+		{"attach --port 1 --affinity client --client-prefix 0/56", `--client-prefix "0/56": use two numbers of bits`},
+		{"attach --port 1 --affinity client --client-prefix 24/129", `--client-prefix "24/129": use two numbers of bits`},
 		{"attach --port 1 --generation 2", `--generation "2": use auto or new`},
 		{"attach --port 1 --color red", "unknown flag: --color"},
 		{"attach --port 1 -x", "unknown shorthand flag: 'x' in -x"},
@@ -266,7 +276,7 @@ func TestStatusJSON(t *testing.T) {
 		`"counters":{"runs":0,"hit":0,"new":0,"rehomed":310,"untracked":0,"fallback":0,"migrated":0,"parse_error":0,"table_full":0,"evicted":0},` +
 		`"unregistered":[{"pid":4800,"command":"openvpn","reason":"not registered yet: \"rpsel attach\" registers it"}],` +
 		`"listeners":[{"slot":0,"pid":4711,"command":"openvpn","cookie":801,"generation":3,"state":"active","weight":1,` +
-		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"owner":null}]}` + "\n"
+		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","owner":null}]}` + "\n"
 	if diff := cmp.Diff(want, got.String()); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}

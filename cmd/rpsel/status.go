@@ -111,8 +111,12 @@ func reason(u loader.Unregistered) string {
 
 // writeStatus prints one group for people.
 func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) error {
+	affinity := string(status.Affinity)
+	if prefix := status.ClientPrefix.String(); prefix != "" {
+		affinity += " " + prefix
+	}
 	title := fmt.Sprintf("%s  policy %s  affinity %s  flows %d/%d  rehomed %d  fallback %d",
-		s.groupName(status.Key), status.Policy, status.Affinity, status.Tracked, status.Capacity,
+		s.groupName(status.Key), status.Policy, affinity, status.Tracked, status.Capacity,
 		status.Counters.Rehomed, status.Counters.Fallback)
 	if status.Settling > 0 {
 		title += fmt.Sprintf("  settling %v", status.Settling.Round(time.Second))
@@ -197,7 +201,8 @@ type groupStatusJSON struct {
 	Counters        countersJSON       `json:"counters"`
 	Unregistered    []unregisteredJSON `json:"unregistered"`
 	Listeners       []listenerJSON     `json:"listeners"`
-	Owner           *uint32            `json:"owner"` // null: nobody
+	ClientPrefix    string             `json:"client_prefix"` // "": the whole address
+	Owner           *uint32            `json:"owner"`         // null: nobody
 }
 
 type flowCountsJSON struct {
@@ -249,7 +254,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 	for _, status := range list {
 		g := groupStatusJSON{
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),
-			Attached:  status.Attached, Policy: status.Policy, Affinity: status.Affinity, Confirm: status.Confirm,
+			Attached:  status.Attached, Policy: status.Policy, Affinity: string(status.Affinity), Confirm: status.Confirm,
 			IdleSeconds: wholeSeconds(status.Idle), IdleNewSeconds: wholeSeconds(status.IdleNew),
 			SettlingSeconds: wholeSeconds(status.Settling), Generation: status.Generation, TurningSeconds: wholeSeconds(status.Turning),
 			Flows:        flowCountsJSON{status.Tracked, status.Established, status.Capacity},
@@ -257,6 +262,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 			Unregistered: []unregisteredJSON{},
 			Listeners:    []listenerJSON{},
 			Owner:        status.Owner,
+			ClientPrefix: status.ClientPrefix.String(),
 		}
 		for _, u := range status.Unregistered {
 			g.Unregistered = append(g.Unregistered, newUnregisteredJSON(u))

@@ -19,7 +19,7 @@ func newWhyCmd(e *env) *cobra.Command {
 		Use:   "why CLIENT",
 		Short: "Say which listener a client has, and why",
 		Long: `Say which listener a client has, since when, by which rule, and where plain
-Linux would send it. CLIENT is an address, or an address and a port.
+Linux would send it, which only affinity flow can tell. CLIENT is an address, or an address and a port.
 
 The rules are:
   kernel   first seen while the group settled: left where the kernel's hash had it
@@ -84,6 +84,8 @@ type answer struct {
 	rule     string
 	plain    sockets.Socket // where plain Linux would send it
 	plainOK  bool           // there is such a place
+	// plainUnknown: nobody knows where.
+	plainUnknown bool
 	// plainSlot is where that is registered, -1 if nowhere.
 	plainSlot int
 }
@@ -119,12 +121,14 @@ func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answ
 			return nil, err
 		}
 		for _, row := range rows {
-			if port != 0 && row.Client.Port() != port {
+			// A client that is known by its address alone has port 0.
+			if port != 0 && row.Client.Port() != 0 && row.Client.Port() != port {
 				continue
 			}
 			a := answer{flowRow: row, rule: ruleOf(row.Flow), plainSlot: -1}
 			a.listener, _ = listenerIn(list[0], row.Slot)
-			if a.plain, a.plainOK, err = g.Where(row.Flow); err != nil {
+			a.plain, a.plainOK, err = g.Where(row.Flow)
+			if a.plainUnknown = errors.Is(err, loader.ErrHashUnknown); err != nil && !a.plainUnknown {
 				return nil, err
 			}
 			for _, l := range list[0].Listeners {
@@ -149,6 +153,9 @@ func writeAnswer(e *env, a answer) error {
 		ruleRehomed: "rehomed: the listener it had before died",
 	}[a.rule]
 	plain := "nowhere: the group has no socket"
+	if a.plainUnknown {
+		plain = fmt.Sprintf("cannot be told: %v", loader.ErrHashUnknown)
+	}
 	if a.plainOK {
 		plain = socketName(a.plain)
 		if a.plainSlot >= 0 {
@@ -175,7 +182,7 @@ type answerJSON struct {
 	IdleSeconds  int        `json:"idle_seconds"`
 	SinceSeconds int        `json:"since_seconds"`
 	Rule         string     `json:"rule"`
-	Plain        *plainJSON `json:"plain_linux"` // null: nowhere
+	Plain        *plainJSON `json:"plain_linux"` // null: nowhere, or not known
 }
 
 type plainJSON struct {

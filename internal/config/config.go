@@ -98,42 +98,49 @@ func (e *lineError) Error() string { return fmt.Sprintf("line %d: %s", e.line, e
 
 // entry is a [[service]] as it is written. nil is not given.
 type entry struct {
-	Port    *int64  `toml:"port"`
-	Proto   *string `toml:"proto"`
-	Addr    *string `toml:"addr"`
-	NetNS   *string `toml:"netns"`
-	Flows   *int64  `toml:"flows"`
-	Idle    *string `toml:"idle"`
-	IdleNew *string `toml:"idle-new"`
-	Settle  *string `toml:"settle"`
-	Adopt   bool    `toml:"adopt"`
-	Partial bool    `toml:"partial"`
-	Replace bool    `toml:"replace"`
-	Policy  *string `toml:"policy"`
-	Owner   *string `toml:"owner"`
-	Force   bool    `toml:"force"`
+	Port         *int64  `toml:"port"`
+	Proto        *string `toml:"proto"`
+	Addr         *string `toml:"addr"`
+	NetNS        *string `toml:"netns"`
+	Flows        *int64  `toml:"flows"`
+	Idle         *string `toml:"idle"`
+	IdleNew      *string `toml:"idle-new"`
+	Settle       *string `toml:"settle"`
+	Adopt        bool    `toml:"adopt"`
+	Partial      bool    `toml:"partial"`
+	Replace      bool    `toml:"replace"`
+	Policy       *string `toml:"policy"`
+	Affinity     *string `toml:"affinity"`
+	ClientPrefix *string `toml:"client-prefix"`
+	Owner        *string `toml:"owner"`
+	Force        bool    `toml:"force"`
 }
 
 // allowed says what each key takes. It is the list of keys, too.
 var allowed = map[string]string{
-	"port":     "use a number from 1 to 65535",
-	"proto":    `use "udp" or "tcp"`,
-	"addr":     `use an IPv4 or IPv6 address, such as "0.0.0.0" or "::"`,
-	"netns":    `use a name in /run/netns, a path, a pid or "all", in quotes`,
-	"flows":    fmt.Sprintf("use a number from %d to %d", loader.MinFlows, loader.MaxFlows),
-	"idle":     fmt.Sprintf(`use a duration from 1s to %v, such as "90s" or "5m"`, loader.MaxIdle),
-	"idle-new": fmt.Sprintf(`use a duration from 1s to %v, such as "90s" or "5m"`, loader.MaxIdle),
-	"settle":   fmt.Sprintf(`use a duration from 0s to %v, such as "90s" or "5m"`, loader.MaxIdle),
-	"adopt":    "use true or false",
-	"partial":  "use true or false",
-	"replace":  "use true or false",
-	"policy":   "use " + quoted(loader.Policies()),
-	"owner":    `use a user's name or number, or "none"`,
-	"force":    "use true or false",
+	"port":          "use a number from 1 to 65535",
+	"proto":         `use "udp" or "tcp"`,
+	"addr":          `use an IPv4 or IPv6 address, such as "0.0.0.0" or "::"`,
+	"netns":         `use a name in /run/netns, a path, a pid or "all", in quotes`,
+	"flows":         fmt.Sprintf("use a number from %d to %d", loader.MinFlows, loader.MaxFlows),
+	"idle":          fmt.Sprintf(`use a duration from 1s to %v, such as "90s" or "5m"`, loader.MaxIdle),
+	"idle-new":      fmt.Sprintf(`use a duration from 1s to %v, such as "90s" or "5m"`, loader.MaxIdle),
+	"settle":        fmt.Sprintf(`use a duration from 0s to %v, such as "90s" or "5m"`, loader.MaxIdle),
+	"adopt":         "use true or false",
+	"partial":       "use true or false",
+	"replace":       "use true or false",
+	"policy":        "use " + quoted(loader.Policies()),
+	"affinity":      fmt.Sprintf(`use "flow", "client", "bytes:OFFSET,LENGTH" (up to %d and 1 to %d) or "none"; of TCP "client" or "none"`, loader.MaxAffinityOffset, loader.MaxAffinityLength),
+	"client-prefix": `use two numbers of bits, such as "24/56", with affinity = "client"`,
+	"owner":         `use a user's name or number, or "none"`,
+	"force":         "use true or false",
 }
 
 // quoted lists what may be written.
-func quoted(names []string) string { return `"` + strings.Join(names, `" or "`) + `"` }
+func quoted(names []string) string {
+	last := len(names) - 1
+	return `"` + strings.Join(names[:last], `", "`) + `" or "` + names[last] + `"`
+}
 
 const noTable = "service: write [[service]], and its keys below it"
 
@@ -273,6 +280,14 @@ func (e entry) service(at place) (s Service, err error) {
 	}
 	if e.Policy != nil && s.Options.Policy.UnmarshalText([]byte(*e.Policy)) != nil {
 		wrong("policy")
+	}
+	if e.Affinity != nil && (s.Options.Affinity.UnmarshalText([]byte(*e.Affinity)) != nil ||
+		s.Options.Affinity.CheckProto(s.Proto) != nil) {
+		wrong("affinity")
+	}
+	if e.ClientPrefix != nil && (s.Options.ClientPrefix.UnmarshalText([]byte(*e.ClientPrefix)) != nil ||
+		s.Options.Affinity != loader.AffinityClient) {
+		wrong("client-prefix")
 	}
 	if e.Owner != nil {
 		uid, parseErr := owner.Parse(*e.Owner)

@@ -45,6 +45,12 @@ replace  = true
 policy   = "newest"
 owner    = "nobody"
 force    = true
+affinity = "client"
+client-prefix = "24/56"
+
+[[service]]
+port     = 53
+affinity = "bytes:00,4"
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -54,8 +60,10 @@ force    = true
 		{Line: 2, Proto: sockets.UDP, Port: 1194},
 		{
 			Line: 5, Proto: sockets.TCP, Port: 8443, Addr: netip.MustParseAddr("2001:db8::1"), NetNS: AllNetNS, Adopt: true, Force: true,
-			Options: loader.Options{Flows: 1000, Idle: 5 * time.Minute, IdleNew: 30 * time.Second, Settle: -1, Partial: true, Replace: true, Policy: loader.PolicyNewest, Owner: &nobody},
+			Options: loader.Options{Flows: 1000, Idle: 5 * time.Minute, IdleNew: 30 * time.Second, Settle: -1, Partial: true, Replace: true, Policy: loader.PolicyNewest, Owner: &nobody,
+				Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 56}},
 		},
+		{Line: 23, Proto: sockets.UDP, Port: 53, Options: loader.Options{Affinity: loader.AffinityBytes(0, 4)}},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -97,7 +105,11 @@ func TestLoadInvalid(t *testing.T) {
 		{"[[service]]\nport = 1\nidle = 300", "3: idle: use a duration"},
 		{"[[service]]\nport = 1\nidle-new = \"soon\"", "3: idle-new: use a duration"},
 		{"[[service]]\nport = 1\nsettle = \"-1s\"", "3: settle: use a duration from 0s"},
-		{"[[service]]\nport = 1\npolicy = \"least\"", `3: policy: use "hash" or "newest"`},
+		{"[[service]]\nport = 1\npolicy = \"most\"", `3: policy: use "hash", "newest", "least", "rr", "random" or "cpu"`},
+		{"[[service]]\nport = 1\naffinity = \"bytes\"", `3: affinity: use "flow", "client", "bytes:OFFSET,LENGTH" (up to 1024 and 1 to 20) or "none"`},
+		{"[[service]]\nport = 1\nproto = \"tcp\"\naffinity = \"bytes:0,4\"", `4: affinity: use `},
+		{"[[service]]\nport = 1\naffinity = \"client\"\nclient-prefix = 24", `4: client-prefix: use two numbers of bits, such as "24/56", with affinity = "client"`},
+		{"[[service]]\nport = 1\nclient-prefix = \"24/56\"", `3: client-prefix: use two numbers`},
 		{"[[service]]\nport = 1\nowner = \"no such user\"", "3: owner: use a user's name or number, or \"none\""},
 		{"[[service]]\nport = 1\nforce = 1", "3: force: use true or false"},
 		{"[[service]]\nport = 1\nadopt = 1", "3: adopt: use true or false"},
