@@ -13,6 +13,7 @@
 #define RPSEL_HOUSE_H
 
 #include "load.h"
+#include "report.h"
 
 #define CLOCK_MONOTONIC 1
 #define TICK 1000000000ull /* ns */
@@ -67,6 +68,7 @@ OWN_FUNCTION int sweep_bucket(__u32 index, __u32 now, const struct config *cfg, 
 				__sync_fetch_and_add(&l->recount, 1);
 		} else if (exchange(&b->flows[i].word, word, 0)) {
 			tally(cfg, word, index, -1);
+			report(now, REPORT_EXPIRE, index * RPSEL_BUCKET + i, word, 0);
 		}
 	}
 	return 0;

@@ -17,6 +17,7 @@
 #define RPSEL_FIRST_BUCKET 6	/* entries of the first bucket used before the second */
 #define RPSEL_NO_SLOT 0xffff	/* an entry of the pick table with no listener */
 #define RPSEL_FREEZE_SECONDS 10 /* a killed upgrade thaws by itself after this */
+#define RPSEL_READ_SECONDS 5	/* a killed reader of reports is forgotten after this */
 
 /* How far an entry of the flow table has come. A zeroed entry is empty. */
 enum flow_state {
@@ -157,6 +158,8 @@ struct config {
 	__u32 members;	  /* the most that were active in it when one joined */
 	__u32 serving;	  /* the generation that has new flows; while it waits: until then */
 	__u64 joined;	  /* second of CLOCK_BOOTTIME in which the last of them joined */
+	__u32 ruled;	  /* second since when the policy, or the settling, is this one */
+	__u32 pad;
 
 	/* Of the affinity, and fixed as that is. */
 	__u32 prefix4;	 /* client: bits of an IPv4 address that count */
@@ -229,6 +232,31 @@ struct counters {
 	__u64 evicted;	   /* of new: took the place of another new flow */
 };
 
+/* Who reads reports. At most one process does, by a lock. */
+struct reader {
+	__u32 read; /* second in which it last said so, 1 << 31 set; 0: nobody */
+	__u32 pad;
+	__u64 dropped; /* reports that found the ring full */
+};
+
+enum report_kind {
+	REPORT_NEW = 1,
+	REPORT_ESTABLISHED = 2,
+	REPORT_REHOME = 3,
+	REPORT_EVICT = 4,  /* a new flow gave way to another one */
+	REPORT_EXPIRE = 5, /* and its entry is empty, or another flow's */
+};
+
+struct report {
+	__u64 client[2]; /* as in detail */
+	__u64 at;	 /* ns of CLOCK_BOOTTIME */
+	__u64 word;	 /* of the flow, as it is or (EVICT, EXPIRE) was */
+	__u64 was;	 /* REHOME: its word before */
+	__u16 port;
+	__u8 kind; /* enum report_kind */
+	__u8 pad[5];
+};
+
 /* What user space keeps of the listener in a slot. The program does not read it. */
 struct listener {
 	__u64 cookie;
@@ -248,9 +276,11 @@ _Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
 _Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
 _Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");
 _Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
+_Static_assert(sizeof(struct reader) == 16, "reader is part of the pinned ABI");
+_Static_assert(sizeof(struct report) == 48, "report is part of the pinned ABI");
 _Static_assert(sizeof(struct row) == 520, "elements of an array are multiples of 8");
 _Static_assert(sizeof(struct load) == 8, "load is part of the pinned ABI");
-_Static_assert(sizeof(struct config) == 200, "config is part of the pinned ABI");
+_Static_assert(sizeof(struct config) == 208, "config is part of the pinned ABI");
 _Static_assert(1 << WORD_SLOT_BITS == RPSEL_SLOTS, "a slot number fits its field");
 _Static_assert(WORD_SLOT_SHIFT + WORD_SLOT_BITS == 64, "the word is full");
 

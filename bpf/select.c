@@ -140,6 +140,26 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct reader);
+} reader SEC(".maps");
+
+struct ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22); /* the reader's own, which may have another size */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct ring);
+} reports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, RPSEL_SLOTS);
 	__type(key, __u32);
 	__type(value, struct load);
@@ -272,6 +292,8 @@ ALWAYS_INLINE __u32 *pick_entry(__u32 index)
 
 #include "live.h"
 
+#include "report.h"
+
 #include "load.h"
 
 #include "house.h"
@@ -378,6 +400,9 @@ ALWAYS_INLINE void describe_move(__u32 row, __u32 now)
 	__u64 h = READ_ONCE(d->history);
 	__u64 since = (__u64)SECOND_MASK << HISTORY_SINCE_SHIFT;
 
+	/* Never the second in which it was created, or nobody could tell that it moved. */
+	if (now == (h & SECOND_MASK))
+		now = (now + 1) & SECOND_MASK;
 	exchange(&d->history, h, (h & ~since) | (__u64)now << HISTORY_SINCE_SHIFT);
 }
 
@@ -401,6 +426,7 @@ ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, 
 			tally(cfg, word, row / RPSEL_BUCKET, -1);
 			tally(cfg, mine, row / RPSEL_BUCKET, 1);
 			describe_move(row, now);
+			report(now, REPORT_REHOME, row, mine, word);
 			COUNT_SLOT(ctx, c.slot, rehomed);
 			return SK_PASS;
 		}
@@ -448,12 +474,14 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 	int result = insert_claim(first, second, &in);
 	__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
 					       : second_bucket(identity, buckets);
+	__u32 row = bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1));
 
-	if (in.over)
+	if (in.over) {
 		tally(cfg, in.over, bucket, -1);
+		report(now, in.evicted ? REPORT_EVICT : REPORT_EXPIRE, row, in.over, 0);
+	}
 	if (result == INSERT_CLAIMED) {
-		describe(bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1)), client, port,
-			 now);
+		describe(row, client, port, now);
 		result = insert_commit(first, second, &in);
 	}
 	if (result == INSERT_CLAIMED) {
@@ -462,6 +490,8 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 			left_untracked(now);
 		}
 		tally(cfg, make_word(c.slot, c.incarnation, FLOW_NEW, now, 0), bucket, 1);
+		report(now, REPORT_NEW, row,
+		       make_word(c.slot, c.incarnation, FLOW_NEW, now, in.tag), 0);
 		COUNT_SLOT(ctx, c.slot, new);
 		return SK_PASS;
 	}
@@ -554,8 +584,11 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 			__u64 fresh = refreshed(word, now);
 
 			/* Losing this exchange is no loss: somebody else wrote news. */
-			if (fresh != word && exchange(&f->word, word, fresh))
+			if (fresh != word && exchange(&f->word, word, fresh)) {
+				if (word_state(word) == FLOW_NEW)
+					report(now, REPORT_ESTABLISHED, row, fresh, 0);
 				word = fresh;
+			}
 		}
 	}
 	if (choose(ctx, word_slot(word), word_incarnation(word))) {

@@ -44,6 +44,8 @@ type SelectConfig struct {
 	Members    uint32
 	Serving    uint32
 	Joined     uint64
+	Ruled      uint32
+	Pad        uint32
 	Prefix4    uint32
 	Prefix6    uint32
 	Offset     uint32
@@ -113,6 +115,24 @@ type SelectPickPair struct {
 	Entries [2]uint32
 }
 
+type SelectReader struct {
+	_       structs.HostLayout
+	Read    uint32
+	Pad     uint32
+	Dropped uint64
+}
+
+type SelectReport struct {
+	_      structs.HostLayout
+	Client [2]uint64
+	At     uint64
+	Word   uint64
+	Was    uint64
+	Port   uint16
+	Kind   uint8
+	Pad    [5]uint8
+}
+
 type SelectRow struct {
 	_     structs.HostLayout
 	Size  uint64
@@ -148,6 +168,8 @@ const (
 	SelectMapLive         = "live"
 	SelectMapLoads        = "loads"
 	SelectMapPicks        = "picks"
+	SelectMapReader       = "reader"
+	SelectMapReports      = "reports"
 	SelectMapRows         = "rows"
 	SelectMapSlotCounters = "slot_counters"
 	SelectMapSlots        = "slots"
@@ -224,6 +246,8 @@ type SelectMapSpecs struct {
 	Live         *ebpf.MapSpec `ebpf:"live"`
 	Loads        *ebpf.MapSpec `ebpf:"loads"`
 	Picks        *ebpf.MapSpec `ebpf:"picks"`
+	Reader       *ebpf.MapSpec `ebpf:"reader"`
+	Reports      *ebpf.MapSpec `ebpf:"reports"`
 	Rows         *ebpf.MapSpec `ebpf:"rows"`
 	SlotCounters *ebpf.MapSpec `ebpf:"slot_counters"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -274,6 +298,8 @@ type SelectMaps struct {
 	Live         *ebpf.Map `ebpf:"live"`
 	Loads        *ebpf.Map `ebpf:"loads"`
 	Picks        *ebpf.Map `ebpf:"picks"`
+	Reader       *ebpf.Map `ebpf:"reader"`
+	Reports      *ebpf.Map `ebpf:"reports"`
 	Rows         *ebpf.Map `ebpf:"rows"`
 	SlotCounters *ebpf.Map `ebpf:"slot_counters"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -292,6 +318,8 @@ func (m *SelectMaps) Close() error {
 		m.Live,
 		m.Loads,
 		m.Picks,
+		m.Reader,
+		m.Reports,
 		m.Rows,
 		m.SlotCounters,
 		m.Slots,

@@ -117,8 +117,8 @@ func (g *Group) RecordWeight(slot uint32, weight uint32) error {
 	return g.state.listeners.Record(slot, record)
 }
 
-// Fill marks entries of the flow table as flows that were heard of now.
-func (g *Group) Fill(n int) error {
+// Fill marks entries of the flow table as flows in a state that were heard of now.
+func (g *Group) Fill(n int, state maps.State) error {
 	memory, err := g.state.SelectMaps.Flows.Memory()
 	if err != nil {
 		return err
@@ -127,7 +127,7 @@ func (g *Group) Fill(n int) error {
 	if err != nil {
 		return err
 	}
-	word := binary.NativeEndian.AppendUint64(nil, uint64(maps.MakeWord(0, 0, maps.Established, now, 0)))
+	word := binary.NativeEndian.AppendUint64(nil, uint64(maps.MakeWord(0, 0, state, now, 0)))
 	for i := range n {
 		if _, err := memory.WriteAt(word, int64(16*i+8)); err != nil {
 			return err
@@ -164,6 +164,25 @@ func OtherProgram() (restore func()) {
 		program := spec.Programs[bpf.SelectProgRpselSelect]
 		// After the first instruction, which no jump crosses, and which keeps r1.
 		program.Instructions = slices.Insert(program.Instructions, 1, asm.Mov.Reg(asm.R1, asm.R1))
+		return spec, nil
+	}
+	return func() { loadSelect = bpf.LoadSelect }
+}
+
+// Unreadable makes attaching load a program that cannot read the addresses of
+// packets, until the returned function is called.
+func Unreadable() (restore func()) {
+	loadSelect = func() (*ebpf.CollectionSpec, error) {
+		spec, err := bpf.LoadSelect()
+		if err != nil {
+			return nil, err
+		}
+		program := spec.Programs[bpf.SelectProgRpselSelect].Instructions
+		for i, instruction := range program {
+			if instruction.IsBuiltinCall() && asm.BuiltinFunc(instruction.Constant) == asm.FnSkbLoadBytesRelative {
+				program[i] = asm.Mov.Imm(asm.R0, -14).WithMetadata(instruction.Metadata)
+			}
+		}
 		return spec, nil
 	}
 	return func() { loadSelect = bpf.LoadSelect }
@@ -237,6 +256,14 @@ func (g *Group) Kept() (bool, error) {
 
 // ProgramID is the number of the group's program.
 func (g *Group) ProgramID() (uint32, error) { return g.state.programID() }
+
+// SmallRing makes Watch have room for some 70 reports, until the returned function
+// is called.
+func SmallRing() (restore func()) {
+	before := ringSize
+	ringSize = 4096
+	return func() { ringSize = before }
+}
 
 // Load is how many flows the program believes the listener in a slot to have.
 func (g *Group) Load(slot int) int { return g.state.loads.Get(uint32(slot)) }

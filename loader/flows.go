@@ -31,6 +31,11 @@ type Flow struct {
 	// Settling tells that the flow was first seen while the group settled, and
 	// so was left where the kernel's hash had it.
 	Settling bool
+	// Earlier tells that it was first seen before the group's policy was changed,
+	// or was last told to settle: by which rule it got its listener is not known.
+	Earlier bool
+	// Rehomed tells that the flow once had a listener that died.
+	Rehomed bool
 	// Hash is the kernel's own hash of the flow's addresses and ports. It is
 	// known with AffinityFlow alone, else 0.
 	Hash uint32
@@ -45,9 +50,6 @@ func (f Flow) From(p netip.Prefix) bool { return f.clients.Overlaps(p) }
 // ErrHashUnknown: where the kernel's hash would send a flow is only known with
 // AffinityFlow.
 var ErrHashUnknown = errors.New("the kernel's hash of a flow is known with affinity flow alone")
-
-// Rehomed reports whether the flow once had a listener that died.
-func (f Flow) Rehomed() bool { return f.Since < f.Age }
 
 // Flows yields the tracked flows that have not expired, in no particular order.
 // Flows that come or go meanwhile may be missing or not.
@@ -97,6 +99,7 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 	case maps.AffinityClient:
 		_, prefix = affinityOf(v)
 	}
+	earlier := maps.Age(v.Ruled, e.Created) > 0
 	return Flow{
 		Local:    g.key.Addr,
 		Client:   e.Client,
@@ -106,7 +109,9 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 		Age:      age(now, e.Created),
 		Idle:     age(now, e.Word.Second()),
 		Since:    age(now, e.Since),
-		Settling: maps.Age(v.Settled, e.Created) > 0,
+		Settling: !earlier && maps.Age(v.Settled, e.Created) > 0,
+		Earlier:  earlier,
+		Rehomed:  e.Since != e.Created,
 		Hash:     hash,
 		clients:  prefix.of(e.Client.Addr()),
 	}
@@ -130,25 +135,36 @@ func (s *state) orphans() (func(maps.Word) bool, error) {
 // CountFlows counts the tracked flows that have not expired, and how many of
 // them are established.
 func (g *Group) CountFlows() (tracked, established int, err error) {
+	tracked, err = g.CountWhere(func(_ int, state maps.State) bool {
+		if state == maps.Established {
+			established++
+		}
+		return true
+	})
+	return tracked, established, err
+}
+
+// CountWhere counts the tracked flows that have not expired and for which match
+// returns true. It sees the slots of listeners that died, too.
+func (g *Group) CountWhere(match func(slot int, state maps.State) bool) (n int, err error) {
 	if g, err = g.current(); err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	now, err := g.state.now()
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	flows, err := g.state.table()
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	defer flows.Close()
 	for w := range flows.Words(now, g.state.config.Limits()) {
-		tracked++
-		if w.State() == maps.Established {
-			established++
+		if match(int(w.Slot()), w.State()) {
+			n++
 		}
 	}
-	return tracked, established, nil
+	return n, nil
 }
 
 // countFlows is CountFlows for a state of this layout or an older one.

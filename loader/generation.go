@@ -298,7 +298,7 @@ func (s *state) settle(now uint32, d time.Duration) error {
 	if v.Affinity != maps.AffinityFlow {
 		d = 0 // nothing is left where the kernel's hash has it
 	}
-	v.Settled = settledAt(now, d)
+	v.Settled, v.Ruled = settledAt(now, d), now
 	turn := uint32(0)
 	if next, left := s.pending(now, s.active(r)); next != 0 {
 		turn = min(left, s.newest().left(boot))
@@ -338,6 +338,7 @@ func (s *state) setPolicy(now uint32, p Policy) error {
 			s.await(now, left)
 		}
 	}
+	v.Ruled = now
 	atomic.StoreUint32(&v.Policy, p.number())
 	fault.Point("policy set")
 	if err := s.recount(); err != nil {

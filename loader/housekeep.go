@@ -61,7 +61,9 @@ func (g *Group) Housekeep() (Housekept, error) {
 		})
 	}
 	kept, houseErr := s.kept(now)
-	if houseErr == nil && !kept {
+	watched, readErr := maps.Read(s.Reader, now)
+	// Who watches sweeps by itself, to tell of what expired.
+	if houseErr = errors.Join(houseErr, readErr); houseErr == nil && !kept && !watched {
 		h.Forgotten, houseErr = g.sweep(s, now)
 	}
 	return h, errors.Join(err, houseErr)
@@ -99,7 +101,7 @@ func (g *Group) sweep(s *state, now uint32) (forgotten int, err error) {
 	first := int(g.swept.Load()) % buckets // an upgrade may have made another table
 	end := min(first+sweepBuckets, buckets)
 	g.swept.Store(int64(end % buckets))
-	n := flows.Sweep(first, end, now, s.config.Limits())
+	n := flows.Sweep(first, end, now, s.config.Limits(), nil)
 	if n > 0 {
 		err = s.recount()
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/maps"
 )
 
 // Expired flows are removed, so that none comes back when the clock wraps, or as
@@ -128,7 +129,7 @@ func BenchmarkHousekeep(b *testing.B) {
 	ns, fs := testnet.New(b), loader.FS(testnet.BPFFS(b))
 	testnet.StartGroup(b, ns, 8, udpServer)
 	g := attach(b, fs, ns, loader.Options{Settle: -1, Flows: 1 << 20})
-	if err := g.Fill(1 << 20); err != nil {
+	if err := g.Fill(1<<20, maps.Established); err != nil {
 		b.Fatal(err)
 	}
 	b.Run("tick", func(b *testing.B) {

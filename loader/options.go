@@ -54,6 +54,8 @@ var (
 	ErrUnsupported = sockets.ErrUnsupported
 	// ErrOwner: Options.Owner is not the user of the group's sockets.
 	ErrOwner = errors.New("the owner has to be the user of the group's sockets")
+	// ErrWatched: another process watches the group.
+	ErrWatched = errors.New("its events are read already")
 	// ErrFull: all slots of the group are taken.
 	ErrFull = errors.New("all slots are taken")
 )

@@ -45,13 +45,15 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 		bpf.SelectMapListeners: &m.Listeners, bpf.SelectMapLive: &m.Live,
 		bpf.SelectMapPicks: &m.Picks, bpf.SelectMapSlotCounters: &m.SlotCounters,
 		bpf.SelectMapSlots: &m.Slots, bpf.SelectMapSocks: &m.Socks,
+		bpf.SelectMapReader: &m.Reader, bpf.SelectMapReports: &m.Reports,
 	}
 }
 
 const programPin = "prog"
 
 // laterMaps are those that layout 1 did not have.
-var laterMaps = []string{bpf.SelectMapHouse, bpf.SelectMapLoads, bpf.SelectMapRows, bpf.SelectMapTurns}
+var laterMaps = []string{bpf.SelectMapHouse, bpf.SelectMapLoads, bpf.SelectMapRows, bpf.SelectMapTurns,
+	bpf.SelectMapReader, bpf.SelectMapReports}
 
 // close gives back the descriptors.
 func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close()) }

@@ -56,7 +56,10 @@ type Status struct {
 	// has no member.
 	NetNSInode uint64
 	// Attached tells that the live group has rpsel's program.
-	Attached        bool
+	Attached bool
+	// Age is how long ago the group's state was made, in whole seconds; half a year
+	// at most.
+	Age             time.Duration
 	Policy, Confirm string
 	Affinity        Affinity
 	ClientPrefix    ClientPrefix
@@ -112,6 +115,7 @@ func (g *Group) status() (Status, error) {
 	if err != nil {
 		return status, err
 	}
+	status.Age = age(now, v.Attached)
 	status.Affinity, status.ClientPrefix = affinityOf(v)
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second

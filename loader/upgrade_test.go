@@ -245,7 +245,7 @@ func TestUpgradeKeeps(t *testing.T) {
 			}
 			s.Capacity = 1500
 			for _, s := range []*loader.Status{&s, &again} {
-				s.Settling = 0
+				s.Settling, s.Age = 0, 0
 				for i := range s.Listeners {
 					s.Listeners[i].Joined, s.Listeners[i].Recent = 0, 0
 				}

@@ -117,46 +117,70 @@ func (f *Flows) All(now uint32, limits Limits) iter.Seq[Entry] {
 }
 
 func (f *Flows) read(bucket, i int, now uint32, limits Limits) (Entry, bool) {
-	place := &f.buckets.values[bucket]
-	row := &f.details.values[bucket*BucketSize+i]
 	for {
-		w := Word(atomic.LoadUint64(&place.Flows[i].Word))
+		w := Word(atomic.LoadUint64(&f.buckets.values[bucket].Flows[i].Word))
 		if !limits.Live(w, now) {
 			return Entry{}, false
 		}
-		identity := atomic.LoadUint64(&place.Flows[i].Identity)
-		high, low := atomic.LoadUint64(&row.Client[0]), atomic.LoadUint64(&row.Client[1])
-		history := atomic.LoadUint64(&row.History)
-		if Word(atomic.LoadUint64(&place.Flows[i].Word)) != w {
-			continue // refreshed, moved or taken meanwhile
+		// Or it was refreshed, moved or taken meanwhile.
+		if e, ok := f.entry(bucket, i, w); ok {
+			return e, true
 		}
-		var address [16]byte
-		binary.NativeEndian.PutUint64(address[:8], high)
-		binary.NativeEndian.PutUint64(address[8:], low)
-		return Entry{
-			Identity: identity,
-			Word:     w,
-			Client:   netip.AddrPortFrom(netip.AddrFrom16(address).Unmap(), uint16(history>>(2*secondBits))),
-			Created:  uint32(history) & secondMask,
-			Since:    uint32(history>>secondBits) & secondMask,
-			place:    place,
-			index:    i,
-		}, true
 	}
+}
+
+// entry reads what belongs to a word, if the entry still has that.
+func (f *Flows) entry(bucket, i int, w Word) (Entry, bool) {
+	place := &f.buckets.values[bucket]
+	row := &f.details.values[bucket*BucketSize+i]
+	identity := atomic.LoadUint64(&place.Flows[i].Identity)
+	high, low := atomic.LoadUint64(&row.Client[0]), atomic.LoadUint64(&row.Client[1])
+	history := atomic.LoadUint64(&row.History)
+	if Word(atomic.LoadUint64(&place.Flows[i].Word)) != w {
+		return Entry{}, false
+	}
+	return Entry{
+		Identity: identity,
+		Word:     w,
+		Client:   clientOf(high, low, uint16(history>>(2*secondBits))),
+		Created:  uint32(history) & secondMask,
+		Since:    uint32(history>>secondBits) & secondMask,
+		place:    place,
+		index:    i,
+	}, true
+}
+
+// clientOf makes an address of what the program notes (struct detail in bpf/rpsel.h).
+func clientOf(high, low uint64, port uint16) netip.AddrPort {
+	var address [16]byte
+	binary.NativeEndian.PutUint64(address[:8], high)
+	binary.NativeEndian.PutUint64(address[8:], low)
+	return netip.AddrPortFrom(netip.AddrFrom16(address).Unmap(), port)
 }
 
 // Buckets is how many buckets the table has.
 func (f *Flows) Buckets() int { return len(f.buckets.values) }
 
 // Sweep empties the entries of the buckets [first, end) whose flows have
-// expired, and returns how many. Entries that change meanwhile are left alone.
-func (f *Flows) Sweep(first, end int, now uint32, limits Limits) (n int) {
+// expired, and returns how many. It tells forgotten of each, unless that is nil.
+// Entries that change meanwhile are left alone.
+func (f *Flows) Sweep(first, end int, now uint32, limits Limits, forgotten func(Entry)) (n int) {
 	for b := first; b < end; b++ {
 		for i := range BucketSize {
-			word := &f.buckets.values[b].Flows[i].Word
-			w := Word(atomic.LoadUint64(word))
-			if w.State() >= New && !limits.Live(w, now) && atomic.CompareAndSwapUint64(word, uint64(w), 0) {
-				n++
+			w := Word(atomic.LoadUint64(&f.buckets.values[b].Flows[i].Word))
+			if w.State() < New || limits.Live(w, now) {
+				continue
+			}
+			e, ok := Entry{Word: w, place: &f.buckets.values[b], index: i}, true
+			if forgotten != nil {
+				e, ok = f.entry(b, i, w)
+			}
+			if !ok || !f.Forget(e) {
+				continue
+			}
+			n++
+			if forgotten != nil {
+				forgotten(e)
 			}
 		}
 	}

@@ -56,7 +56,7 @@ func ReadConfig1(m *ebpf.Map) (bpf.SelectConfig, error) {
 		Idle: v.Idle, IdleNew: v.IdleNew,
 		Policy: v.Policy, Affinity: v.Affinity, Confirm: v.Confirm,
 		Capacity: v.Capacity, Attached: v.Attached, ClockMult: v.ClockMult,
-		Generation: 1, Serving: 1, // there was but one
+		Ruled: v.Attached, Generation: 1, Serving: 1, // there was but one
 	}, nil
 }
 

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 )
@@ -73,15 +72,6 @@ func (a *realAgent) kill() {
 	}
 }
 
-func removeRunDir(t testing.TB, bpffs string) {
-	t.Helper()
-	dir, err := agent.Dir(bpffs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-}
-
 // awaitListeners waits until a group is attached, has settled and has exactly so
 // many living listeners, all registered.
 func awaitListeners(t testing.TB, ns *testnet.NetNS, bpffs string, port uint16, n int) {
@@ -127,7 +117,6 @@ func TestAgentKilled(t *testing.T) {
 	testnet.Privileged(t)
 	binary := buildCommand(t)
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
-	removeRunDir(t, bpffs)
 	options := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Name: "a"}
 	services := fmt.Sprintf("[[service]]\nport = 1194\nnetns = %q\nsettle = \"0s\"\n", ns.Path())
 	servers := testnet.StartGroup(t, ns, 4, options)
@@ -186,7 +175,6 @@ func TestAgentMissesEvents(t *testing.T) {
 	testnet.Privileged(t)
 	binary := buildCommand(t)
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
-	removeRunDir(t, bpffs)
 	const port, bursts = 28194, 4500 // the buffer holds some 3600
 	options := testnet.ServerOptions{Network: "udp4", Addr: fmt.Sprint("127.0.0.1:", port), ReusePort: true, Name: "a"}
 	testnet.StartServer(t, ns, options)
@@ -197,12 +185,13 @@ func TestAgentMissesEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := ns.Do(func() error {
-		for range bursts {
+		for i := range bursts {
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 			if err != nil {
 				return err
 			}
-			err = unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 2}})
+			// One address each: a socket may outlive its close for a moment.
+			err = unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 1, byte(i >> 8), byte(i)}})
 			unix.Close(fd)
 			if err != nil {
 				return err
@@ -235,7 +224,6 @@ func BenchmarkAgentAtRest(b *testing.B) {
 	testnet.Privileged(b)
 	binary := buildCommand(b)
 	ns, bpffs := testnet.New(b), testnet.BPFFS(b)
-	removeRunDir(b, bpffs)
 	services := ""
 	const first = 29194 // no other test of this machine makes events there
 	for port := first; port < first+4; port++ {

@@ -133,7 +133,7 @@ func (w *capWorld) until(words []string, have []capability.Capability, args ...s
 		}
 		if met = met || strings.Contains(lines.Text(), words[len(words)-1]); met {
 			stdin.Close() // ends a listener
-			if args[0] == "agent" {
+			if args[0] == "agent" || args[0] == "events" {
 				cmd.Process.Signal(syscall.SIGTERM)
 			}
 		}
@@ -306,10 +306,16 @@ var capTrials = map[string]capTrial{
 	"status":  attached("status"),
 	"flows":   attached("flows", "--port", "1194"),
 	"why":     attached("why", "127.0.0.1"),
-	"drain":   attached("drain", "--port", "1194", "--slot", "0"),
-	"resume":  attached("resume", "--port", "1194", "--slot", "0"),
-	"weight":  attached("weight", "--port", "1194", "--slot", "0", "2"),
-	"flush":   attached("flush", "--port", "1194", "--all"),
+	"events": func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		w.attach()
+		return func(have []capability.Capability) (int, string, string) {
+			return w.until([]string{"reading events"}, have, "events", "--port", "1194", "--bpffs", w.bpffs)
+		}
+	},
+	"drain":  attached("drain", "--port", "1194", "--slot", "0"),
+	"resume": attached("resume", "--port", "1194", "--slot", "0"),
+	"weight": attached("weight", "--port", "1194", "--slot", "0", "2"),
+	"flush":  attached("flush", "--port", "1194", "--all"),
 	"run": line(func(w *capWorld) []string {
 		w.ownCgroup()
 		return []string{"run", "--port", "1194", "--", "true"}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -216,6 +217,27 @@ type policyValue loader.Policy
 func (p *policyValue) Set(text string) error { return (*loader.Policy)(p).UnmarshalText([]byte(text)) }
 func (p *policyValue) String() string        { return loader.Policy(*p).String() }
 func (p *policyValue) Type() string          { return strings.Join(loader.Policies(), "|") }
+
+// stateValue is a flag that takes a state of tracked flows.
+type stateValue maps.State
+
+func (s *stateValue) Set(text string) error {
+	for _, state := range []maps.State{maps.New, maps.Established} {
+		if text == state.String() {
+			*s = stateValue(state)
+			return nil
+		}
+	}
+	return errors.New("use new or established")
+}
+
+func (s *stateValue) String() string {
+	if *s == 0 {
+		return ""
+	}
+	return maps.State(*s).String()
+}
+func (s *stateValue) Type() string { return "new|established" }
 
 // affinityValue is a flag that takes an affinity.
 type affinityValue loader.Affinity

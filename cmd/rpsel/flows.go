@@ -2,11 +2,12 @@ package main
 
 import (
 	"bufio"
-	"cmp"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,9 +20,12 @@ type flowFilter struct {
 	client netip.Prefix // invalid: all
 	slot   int          // -1: all
 	pid    int          // 0: all
+	state  maps.State   // maps.Empty: all
 }
 
-func (f flowFilter) all() bool { return !f.client.IsValid() && f.slot < 0 && f.pid == 0 }
+func (f flowFilter) all() bool {
+	return !f.client.IsValid() && f.slot < 0 && f.pid == 0 && f.state == maps.Empty
+}
 
 // check refuses a slot or process that is not there.
 func (f flowFilter) check(list []loader.Status) error {
@@ -40,7 +44,8 @@ func (f flowFilter) check(list []loader.Status) error {
 func (f flowFilter) match(flow loader.Flow, pid int) bool {
 	return (!f.client.IsValid() || flow.From(f.client)) &&
 		(f.slot < 0 || f.slot == flow.Slot) &&
-		(f.pid == 0 || f.pid == pid)
+		(f.pid == 0 || f.pid == pid) &&
+		(f.state == maps.Empty || f.state == flow.State)
 }
 
 func (f *flowFilter) addFlags(cmd *cobra.Command) {
@@ -63,7 +68,8 @@ func newFlowsCmd(e *env) *cobra.Command {
 each, on a line of its own.`,
 		Example: `  rpsel flows --port 1194
   rpsel flows --port 1194 --client 10.0.0.0/8 -j
-  rpsel flows --port 1194 --slot 0 --count`,
+  rpsel flows --port 1194 --slot 0 --count
+  rpsel flows --port 1194 --state established --count`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			groups, err := s.open()
@@ -71,27 +77,24 @@ each, on a line of its own.`,
 				return err
 			}
 			defer closeAll(groups)
-			if count && filter.all() {
-				return printFlowCount(e, groups)
+			if count {
+				return printFlowCount(e, groups, filter)
 			}
-			rows, err := collectFlows(groups, filter)
+			list, err := listFlows(groups, filter)
 			if err != nil {
 				return err
 			}
-			switch {
-			case count:
-				_, err = fmt.Fprintln(e.out, len(rows))
-				return err
-			case asJSON:
-				return writeFlowLines(e, rows)
-			default:
-				return writeFlowTable(e, rows, !noHeader)
+			if asJSON {
+				return list.writeLines(e)
 			}
+			return list.writeTable(e, !noHeader)
 		},
 	}
 	s.addGroupFlags(cmd)
 	filter.addFlags(cmd)
 	cmd.Flags().Var(numberValue{&filter.pid, 1, maxPID}, "pid", "only flows of this process's listeners")
+	cmd.Flags().Var((*stateValue)(&filter.state), "state", "only flows in this state: new or established")
+	complete(cmd, "state", "new", "established")
 	cmd.Flags().BoolVar(&count, "count", false, "print how many there are, and nothing else")
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
@@ -99,100 +102,194 @@ each, on a line of its own.`,
 	return cmd
 }
 
-func printFlowCount(e *env, groups []*loader.Group) error {
+// printFlowCount looks at no more of each flow than the filter needs.
+func printFlowCount(e *env, groups []*loader.Group, filter flowFilter) error {
 	total := 0
-	for _, g := range groups {
-		tracked, _, err := g.CountFlows()
+	if filter.client.IsValid() || filter.pid != 0 {
+		err := eachFlow(groups, filter, func(int, loader.Flow, int) { total++ })
 		if err != nil {
 			return err
 		}
-		total += tracked
+	} else {
+		if filter.slot >= 0 {
+			list, err := statuses(groups)
+			if err != nil {
+				return err
+			}
+			if err := filter.check(list); err != nil {
+				return err
+			}
+		}
+		for _, g := range groups {
+			n, err := g.CountWhere(func(slot int, state maps.State) bool {
+				return (filter.slot < 0 || filter.slot == slot) && (filter.state == maps.Empty || filter.state == state)
+			})
+			if err != nil {
+				return err
+			}
+			total += n
+		}
 	}
 	_, err := fmt.Fprintln(e.out, total)
 	return err
 }
 
-// flowRow is a flow and whose it is.
-type flowRow struct {
-	loader.Flow
-	proto loader.Proto
-	pid   int // 0: unknown
-}
-
-// collectFlows reads the flows the filter chooses, sorted.
-func collectFlows(groups []*loader.Group, filter flowFilter) ([]flowRow, error) {
+// eachFlow calls f for the flows the filter chooses, with the number of their group
+// and the process of their listener.
+func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow loader.Flow, pid int)) error {
 	list, err := statuses(groups)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := filter.check(list); err != nil {
-		return nil, err
+		return err
 	}
-	rows := []flowRow{}
 	for i, g := range groups {
-		listeners := make(map[int]loader.Listener, len(list[i].Listeners))
+		listeners := make([]loader.Listener, maps.Slots)
 		for _, l := range list[i].Listeners {
 			listeners[l.Slot] = l
 		}
-		for f, err := range g.Flows() {
+		for flow, err := range g.Flows() {
 			if err != nil {
-				return nil, err
+				return err
 			}
-			pid := pidOf(f, listeners[f.Slot])
-			if filter.match(f, pid) {
-				rows = append(rows, flowRow{f, g.Key().Proto, pid})
+			if pid := pidOf(flow, &listeners[flow.Slot]); filter.match(flow, pid) {
+				f(i, flow, pid)
 			}
 		}
 	}
-	slices.SortFunc(rows, func(a, b flowRow) int {
-		return cmp.Or(a.Client.Compare(b.Client), a.Local.Compare(b.Local), cmp.Compare(a.proto, b.proto))
+	return nil
+}
+
+// flowList is a list of flows that may be millions, so that each is small.
+type flowList struct {
+	keys []loader.Key
+	rows []flowRow
+}
+
+type flowRow struct {
+	high, low uint64 // of the client's address, in the order of addresses
+	slot, pid int32  // pid 0: unknown
+	age, idle int32  // seconds
+	port      uint16
+	group     uint16
+	state     maps.State
+	is6       bool
+}
+
+func (r *flowRow) client() netip.AddrPort {
+	var addr [16]byte
+	binary.BigEndian.PutUint64(addr[:8], r.high)
+	binary.BigEndian.PutUint64(addr[8:], r.low)
+	if r.is6 {
+		return netip.AddrPortFrom(netip.AddrFrom16(addr), r.port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(addr[12:])), r.port)
+}
+
+// before orders IPv4 before IPv6.
+func (r *flowRow) before(o *flowRow) bool {
+	switch {
+	case r.is6 != o.is6:
+		return o.is6
+	case r.high != o.high:
+		return r.high < o.high
+	case r.low != o.low:
+		return r.low < o.low
+	case r.port != o.port:
+		return r.port < o.port
+	default:
+		return r.group < o.group
+	}
+}
+
+func (l *flowList) add(group int, f loader.Flow, pid int) {
+	addr := f.Client.Addr().As16()
+	l.rows = append(l.rows, flowRow{
+		high: binary.BigEndian.Uint64(addr[:8]), low: binary.BigEndian.Uint64(addr[8:]),
+		port: f.Client.Port(), is6: f.Client.Addr().Is6(), slot: int32(f.Slot), pid: int32(pid),
+		age: int32(f.Age / time.Second), idle: int32(f.Idle / time.Second),
+		group: uint16(group), state: f.State,
 	})
-	return rows, nil
+}
+
+// listFlows reads the flows the filter chooses, sorted.
+func listFlows(groups []*loader.Group, filter flowFilter) (*flowList, error) {
+	l := &flowList{}
+	for _, g := range groups {
+		l.keys = append(l.keys, g.Key())
+	}
+	if filter.all() {
+		tracked := 0
+		for _, g := range groups {
+			n, _, err := g.CountFlows()
+			if err != nil {
+				return nil, err
+			}
+			tracked += n
+		}
+		l.rows = make([]flowRow, 0, tracked)
+	}
+	if err := eachFlow(groups, filter, l.add); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(l.rows, func(a, b flowRow) int {
+		switch {
+		case a.before(&b):
+			return -1
+		case b.before(&a):
+			return 1
+		default:
+			return 0
+		}
+	})
+	return l, nil
 }
 
 // pidOf is the process of a flow's listener, which is in slot l. The slot of a
 // listener that died may be another's by now.
-func pidOf(f loader.Flow, l loader.Listener) int {
+func pidOf(f loader.Flow, l *loader.Listener) int {
 	if f.Orphan && l.State != "dead" {
 		return 0
 	}
 	return l.PID
 }
 
-func writeFlowTable(e *env, rows []flowRow, header bool) error {
+func (l *flowList) writeTable(e *env, header bool) error {
 	t := table{columns: []column{
 		{"PROTO", false}, {"CLIENT", false}, {"LOCAL", false}, {"SLOT", true}, {"PID", true},
 		{"STATE", false}, {"AGE", true}, {"IDLE", true},
 	}}
-	for _, r := range rows {
-		t.add(r.proto.String(), r.Client.String(), r.Local.String(), strconv.Itoa(r.Slot), unlessZero(r.pid),
-			r.State.String(), r.Age.String(), r.Idle.String())
+	seconds := func(n int32) string { return (time.Duration(n) * time.Second).String() }
+	for _, r := range l.rows {
+		key := &l.keys[r.group]
+		t.add(key.Proto.String(), r.client().String(), key.Addr.String(), strconv.Itoa(int(r.slot)), unlessZero(int(r.pid)),
+			r.state.String(), seconds(r.age), seconds(r.idle))
 	}
 	return t.write(e.out, header)
 }
 
-// writeFlowLines writes by hand what encoding/json would, since there may be
-// millions; no field needs escaping.
-func writeFlowLines(e *env, rows []flowRow) error {
+// writeLines writes by hand what encoding/json would; no field needs escaping.
+func (l *flowList) writeLines(e *env) error {
 	w := bufio.NewWriterSize(e.out, 1<<16)
+	heads := make([]string, len(l.keys))
+	for i, key := range l.keys {
+		heads[i] = fmt.Sprintf(`{"proto":"%s","local":"%s","client":"`, key.Proto, key.Addr)
+	}
 	var line []byte
-	for _, r := range rows {
-		line = append(line[:0], `{"proto":"`...)
-		line = append(line, r.proto.String()...)
-		line = append(line, `","local":"`...)
-		line = r.Local.AppendTo(line)
-		line = append(line, `","client":"`...)
-		line = r.Client.AppendTo(line)
+	for _, r := range l.rows {
+		line = append(line[:0], heads[r.group]...)
+		line = r.client().AppendTo(line)
 		line = append(line, `","slot":`...)
-		line = strconv.AppendInt(line, int64(r.Slot), 10)
+		line = strconv.AppendInt(line, int64(r.slot), 10)
 		line = append(line, `,"pid":`...)
 		line = strconv.AppendInt(line, int64(r.pid), 10)
 		line = append(line, `,"state":"`...)
-		line = append(line, r.State.String()...)
+		line = append(line, r.state.String()...)
 		line = append(line, `","age_seconds":`...)
-		line = strconv.AppendInt(line, int64(r.Age.Seconds()), 10)
+		line = strconv.AppendInt(line, int64(r.age), 10)
 		line = append(line, `,"idle_seconds":`...)
-		line = strconv.AppendInt(line, int64(r.Idle.Seconds()), 10)
+		line = strconv.AppendInt(line, int64(r.idle), 10)
 		line = append(line, "}\n"...)
 		if _, err := w.Write(line); err != nil {
 			return err

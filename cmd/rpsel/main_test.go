@@ -71,8 +71,8 @@ func TestUsage(t *testing.T) {
 		{"attach --port 1 --owner rpsel-nobody", `--owner "rpsel-nobody": use a user's name or number, or none`},
 		{"attach --port 1 --owner -1", `--owner "-1": use a user's name or number, or none`},
 		{"attach --port 1 --owner 4294967295", `--owner "4294967295": use a user's name or number, or none`},
-		{"attach --port 1 --policy lottery", `--policy "lottery": use hash or newest`},
-		{"attach --port 1 --policy=", `--policy "": use hash or newest`},
+		{"attach --port 1 --policy lottery", `--policy "lottery": use hash, newest, least, rr, random or cpu`},
+		{"attach --port 1 --policy=", `--policy "": use hash, newest, least, rr, random or cpu`},
 		{"attach --port 1 --affinity server", `--affinity "server": use flow, client, bytes:OFFSET,LENGTH (of the payload; up to 1024 and 1 to 20) or none`},
 		{"attach --port 1 --affinity bytes:0", `--affinity "bytes:0": use flow, client`},
 		{"attach --port 1 --affinity bytes:0,21", `--affinity "bytes:0,21": use flow, client`},
@@ -276,7 +276,7 @@ func TestStatusJSON(t *testing.T) {
 		`"counters":{"runs":0,"hit":0,"new":0,"rehomed":310,"untracked":0,"fallback":0,"migrated":0,"parse_error":0,"table_full":0,"evicted":0},` +
 		`"unregistered":[{"pid":4800,"command":"openvpn","reason":"not registered yet: \"rpsel attach\" registers it"}],` +
 		`"listeners":[{"slot":0,"pid":4711,"command":"openvpn","cookie":801,"generation":3,"state":"active","weight":1,` +
-		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","owner":null}]}` + "\n"
+		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","owner":null,"warnings":[]}]}` + "\n"
 	if diff := cmp.Diff(want, got.String()); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
@@ -303,11 +303,9 @@ func TestStatusTalk(t *testing.T) {
 
 func TestFlowLines(t *testing.T) {
 	var got bytes.Buffer
-	rows := []flowRow{{loader.Flow{
-		Local: netip.MustParseAddrPort("0.0.0.0:1194"), Client: netip.MustParseAddrPort("10.0.0.1:40001"),
-		State: 3, Age: 12 * time.Second,
-	}, loader.UDP, 4711}}
-	if err := writeFlowLines(&env{out: &got}, rows); err != nil {
+	list := flowList{keys: []loader.Key{{Proto: loader.UDP, Addr: netip.MustParseAddrPort("0.0.0.0:1194")}}}
+	list.add(0, loader.Flow{Client: netip.MustParseAddrPort("10.0.0.1:40001"), State: 3, Age: 12 * time.Second}, 4711)
+	if err := list.writeLines(&env{out: &got}); err != nil {
 		t.Fatal(err)
 	}
 	want := `{"proto":"udp","local":"0.0.0.0:1194","client":"10.0.0.1:40001","slot":0,"pid":4711,"state":"established","age_seconds":12,"idle_seconds":0}` + "\n"

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/agent"
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/sockets"
@@ -75,6 +77,7 @@ func without() {
 //	moved NAME none|some [SERVER…]  how many moved at the last ask, but for
 //	                             those of these servers' sockets
 //	served NAME none|some SERVER how many a server's socket answered
+//	reading PORT                 wait until another one reads the events of a group
 //	remember                     note bpffs, groups and sockets
 //	unchanged                    they are as noted
 func TestScripts(t *testing.T) {
@@ -102,6 +105,7 @@ func TestScripts(t *testing.T) {
 			"ask":       inWorld((*world).ask),
 			"moved":     inWorld((*world).moved),
 			"served":    inWorld((*world).served),
+			"reading":   inWorld((*world).reading),
 			"remember":  inWorld((*world).remember),
 			"unchanged": inWorld((*world).unchanged),
 		},
@@ -117,6 +121,7 @@ type world struct {
 	servers map[string]*testnet.Server
 	clients map[string]*clients
 	before  []string
+	ring    uint32 // that of the last reader of events
 }
 
 type clients struct {
@@ -331,6 +336,35 @@ func (w *world) state(ts *testscript.TestScript) []string {
 		state = append(state, fmt.Sprintf("%#v", g))
 	}
 	return state
+}
+
+// reading waits until a group's program has the ring of another reader than at the
+// last time.
+func (w *world) reading(ts *testscript.TestScript, args []string) {
+	pins, err := filepath.Glob(fmt.Sprintf("/sys/fs/bpf/rpsel/%d/udp_*_%s/reports", w.ns.Cookie(), args[0]))
+	ts.Check(err)
+	if len(pins) != 1 {
+		ts.Fatalf("port %s: %v", args[0], pins)
+	}
+	reports, err := ebpf.LoadPinnedMap(pins[0], nil)
+	ts.Check(err)
+	defer reports.Close()
+	reader, err := ebpf.LoadPinnedMap(filepath.Join(filepath.Dir(pins[0]), "reader"), nil)
+	ts.Check(err)
+	defer reader.Close()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		var ring uint32
+		var v bpf.SelectReader
+		err := reports.Lookup(uint32(0), &ring)
+		ts.Check(reader.Lookup(uint32(0), &v))
+		if err == nil && ring != w.ring && v.Read != 0 {
+			w.ring = ring
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("nobody reads the events of port %s", args[0])
+		}
+	}
 }
 
 // Every example of the help texts is run by a script, as it stands.

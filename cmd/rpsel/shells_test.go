@@ -56,7 +56,6 @@ func TestTwentyShells(t *testing.T) {
 				t.Fatalf("%v: %s", err, out)
 			}
 			if c.agent {
-				removeRunDir(t, bpffs)
 				a := startRealAgent(t, path, bpffs, "")
 				defer func() {
 					a.Process.Signal(os.Interrupt)

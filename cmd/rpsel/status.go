@@ -13,7 +13,6 @@ import (
 	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
-	"github.com/rpsel/rpsel/sockets"
 )
 
 func newStatusCmd(e *env) *cobra.Command {
@@ -24,7 +23,8 @@ func newStatusCmd(e *env) *cobra.Command {
 		Short: "Show the sticky groups and their listeners",
 		Long: `Show the sticky groups of this network namespace and their listeners.
 
-NEW/S is over the last 10 seconds. PACKETS counts runs of the program that chose
+What is wrong with a group is said on standard error, and is in the "warnings" of
+--json. NEW/S is over the last 10 seconds. PACKETS counts runs of the program that chose
 the listener: a train of datagrams that GRO joined is one. RXQ and DROPS are the
 socket's own.`,
 		Example: `  rpsel status
@@ -66,17 +66,8 @@ func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool)
 	}
 	for _, status := range list {
 		name := s.groupName(status.Key)
-		if status.AllDraining {
-			e.warn("%s: every listener drains: new flows go to draining ones", name)
-		}
-		switch {
-		case status.Attached:
-		case alive(status) && status.NetNSInode == 0:
-			e.warn("%s: whether its program is attached cannot be told: %v", name, sockets.ErrUnseen)
-		case alive(status):
-			e.warn(`%s: its program is not attached, the kernel's hash picks: "rpsel attach" attaches it again`, name)
-		default:
-			e.warn(`%s: no listener is left: start one and "rpsel attach" it, or "rpsel detach" to remove the state`, name)
+		for _, warning := range warnings(status) {
+			e.warn("%s: %s", name, warning)
 		}
 		for _, u := range status.Unregistered {
 			e.explain("%s: %s: %s", name, socketName(u.Socket), reason(u))
@@ -203,6 +194,7 @@ type groupStatusJSON struct {
 	Listeners       []listenerJSON     `json:"listeners"`
 	ClientPrefix    string             `json:"client_prefix"` // "": the whole address
 	Owner           *uint32            `json:"owner"`         // null: nobody
+	Warnings        []string           `json:"warnings"`
 }
 
 type flowCountsJSON struct {
@@ -262,6 +254,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 			Unregistered: []unregisteredJSON{},
 			Listeners:    []listenerJSON{},
 			Owner:        status.Owner,
+			Warnings:     warnings(status),
 			ClientPrefix: status.ClientPrefix.String(),
 		}
 		for _, u := range status.Unregistered {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,8 +24,11 @@ Linux would send it, which only affinity flow can tell. CLIENT is an address, or
 
 The rules are:
   kernel   first seen while the group settled: left where the kernel's hash had it
-  table    a new flow: given out by the pick table
-  rehomed  its listener died: given to another one`,
+  table    a new flow: given out by the pick table (policy hash)
+  newest   a new flow: given to the newest generation of its time (policy newest)
+  rehomed  the listener it had died: given to another one
+  earlier  first seen before the policy was changed, or the group last told to
+           settle: which of the others is not known`,
 		Example: `  rpsel why 127.0.0.1
   rpsel why 127.0.0.1:40001 --port 1194 -j`,
 		Args: oneArg("CLIENT"),
@@ -79,7 +83,9 @@ func parseClient(text string) (netip.Addr, uint16, error) {
 
 // answer is what there is to say about one flow.
 type answer struct {
-	flowRow
+	loader.Flow
+	proto    loader.Proto
+	pid      int // 0: unknown
 	listener loader.Listener
 	rule     string
 	plain    sockets.Socket // where plain Linux would send it
@@ -95,16 +101,41 @@ const (
 	ruleKernel  = "kernel"
 	ruleTable   = "table"
 	ruleRehomed = "rehomed"
+	ruleEarlier = "earlier"
 )
 
-func ruleOf(f loader.Flow) string {
+// ruleOf is the rule by which a flow of a group with this policy has its listener:
+// but for these, and the pick table of policy hash, the policy itself.
+func ruleOf(f loader.Flow, policy string) string {
 	switch {
-	case f.Rehomed():
+	case f.Rehomed:
 		return ruleRehomed
+	case f.Earlier:
+		return ruleEarlier
 	case f.Settling:
 		return ruleKernel
-	default:
+	case policy == loader.PolicyHash.String():
 		return ruleTable
+	default:
+		return policy
+	}
+}
+
+// explainRule says it to people.
+func explainRule(rule string) string {
+	switch rule {
+	case ruleKernel:
+		return "kernel's own order: first seen while the group settled, so left where it was"
+	case ruleTable:
+		return "pick table: a new flow after the group had settled"
+	case ruleRehomed:
+		return "rehomed: the listener it had before died"
+	case ruleEarlier:
+		return "not known: first seen before the policy was changed, or the group last told to settle"
+	case loader.PolicyNewest.String():
+		return "newest generation of its time: a new flow under policy newest"
+	default:
+		return "policy " + rule + ": a new flow after the group had settled"
 	}
 }
 
@@ -112,7 +143,11 @@ func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answ
 	var answers []answer
 	for _, g := range groups {
 		one := []*loader.Group{g}
-		rows, err := collectFlows(one, flowFilter{client: netip.PrefixFrom(addr, addr.BitLen()), slot: -1})
+		var rows []answer
+		filter := flowFilter{client: netip.PrefixFrom(addr, addr.BitLen()), slot: -1}
+		err := eachFlow(one, filter, func(_ int, f loader.Flow, pid int) {
+			rows = append(rows, answer{Flow: f, proto: g.Key().Proto, pid: pid, plainSlot: -1})
+		})
 		if err != nil {
 			return nil, err
 		}
@@ -120,12 +155,14 @@ func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answ
 		if err != nil {
 			return nil, err
 		}
+		slices.SortFunc(rows, func(a, b answer) int { return a.Client.Compare(b.Client) })
 		for _, row := range rows {
 			// A client that is known by its address alone has port 0.
 			if port != 0 && row.Client.Port() != 0 && row.Client.Port() != port {
 				continue
 			}
-			a := answer{flowRow: row, rule: ruleOf(row.Flow), plainSlot: -1}
+			a := row
+			a.rule = ruleOf(row.Flow, list[0].Policy)
 			a.listener, _ = listenerIn(list[0], row.Slot)
 			a.plain, a.plainOK, err = g.Where(row.Flow)
 			if a.plainUnknown = errors.Is(err, loader.ErrHashUnknown); err != nil && !a.plainUnknown {
@@ -147,11 +184,6 @@ func writeAnswer(e *env, a answer) error {
 	if a.Orphan {
 		listener = fmt.Sprintf("none: that in slot %d died, the next packet gets another one", a.Slot)
 	}
-	rule := map[string]string{
-		ruleKernel:  "kernel's own order: first seen while the group settled, so left where it was",
-		ruleTable:   "pick table: a new flow after the group had settled",
-		ruleRehomed: "rehomed: the listener it had before died",
-	}[a.rule]
 	plain := "nowhere: the group has no socket"
 	if a.plainUnknown {
 		plain = fmt.Sprintf("cannot be told: %v", loader.ErrHashUnknown)
@@ -165,7 +197,7 @@ func writeAnswer(e *env, a answer) error {
 		}
 	}
 	_, err := fmt.Fprintf(e.out, "%s %s -> %s\n  listener     %s\n  since        %s ago; first packet %s ago, last %s ago; %s\n  rule         %s\n  plain Linux  %s\n",
-		a.proto, a.Client, a.Local, listener, a.Since, a.Age, a.Idle, a.State, rule, plain)
+		a.proto, a.Client, a.Local, listener, a.Since, a.Age, a.Idle, a.State, explainRule(a.rule), plain)
 	return err
 }
 

@@ -65,6 +65,7 @@ var Needs = []Need{
 	{"status", []Capability{BPF, Perfmon}},
 	{"flows", []Capability{BPF, Perfmon}},
 	{"why", []Capability{BPF, Perfmon}},
+	{"events", []Capability{BPF}},
 	{"drain", []Capability{BPF, Perfmon}},
 	{"resume", []Capability{BPF, Perfmon}},
 	{"weight", []Capability{BPF, Perfmon}},

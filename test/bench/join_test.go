@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
@@ -150,9 +149,6 @@ func startAgent(b *testing.B, bpffs string, ns *testnet.NetNS) {
 	config := filepath.Join(b.TempDir(), "rpsel.toml")
 	service := fmt.Sprintf("[[service]]\nport = 1194\nnetns = %q\nsettle = \"0s\"\n", ns.Path())
 	must(b, os.WriteFile(config, []byte(service), 0o600))
-	run, err := agent.Dir(bpffs)
-	must(b, err)
-	b.Cleanup(func() { os.RemoveAll(run) })
 
 	cmd := exec.Command(testnet.Build(b), "agent", "--bpffs", bpffs, "--config", config)
 	stderr, err := cmd.StderrPipe()
@@ -237,13 +233,17 @@ func borrow(e watch.Event) (*sockets.Conn, error) {
 
 // attach makes the only group of a namespace sticky.
 func attach(b *testing.B, fs loader.FS, ns *testnet.NetNS) {
+	attachWith(b, fs, ns, loader.Options{Settle: -1})
+}
+
+func attachWith(b *testing.B, fs loader.FS, ns *testnet.NetNS, o loader.Options) {
 	b.Helper()
 	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie()})
 	must(b, err)
 	conn, err := sockets.TakeMember(groups[0])
 	must(b, err)
 	defer conn.Close()
-	group, err := fs.Attach(conn, loader.Options{Settle: -1})
+	group, err := fs.Attach(conn, o)
 	must(b, err)
 	group.Close()
 }

@@ -9,7 +9,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/internal/daemon"
 )
 
@@ -79,13 +78,6 @@ func (w *world) cleanAgent() {
 	if w.agent != nil {
 		w.agent.cmd.Process.Kill()
 		w.agent.cmd.Wait()
-	}
-	dir, err := agent.Dir(w.bpffs)
-	if err == nil && dir != agent.DefaultDir {
-		err = os.RemoveAll(dir)
-	}
-	if err != nil {
-		w.t.Error(err)
 	}
 }
 

@@ -1,0 +1,160 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os/signal"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/loader"
+)
+
+func newEventsCmd(e *env) *cobra.Command {
+	var s scope
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "events",
+		Short: "Print what happens to flows and listeners, as it happens",
+		Long: `Print what happens in the groups that are attached now, one line each, until
+interrupted. With --json each is an object.
+
+  NEW, ESTABLISHED    a client's first packet; one of a second or more later
+  REHOME              the flow's listener died: it has another one
+  EVICT               the table is full: a new flow gave way to another one
+  EXPIRE              the client was silent for too long
+  JOIN, LEAVE, DRAIN, RESUME
+                      of a listener, seen within a quarter of a second
+  DROPPED             events of flows are missing here: they came too fast
+
+Only one process can read a group's events at a time. While none does they cost
+nothing.`,
+		Example: `  rpsel events --port 1194
+  rpsel events -j`,
+		Args: noArgs,
+		RunE: func(*cobra.Command, []string) error {
+			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+			defer stop()
+			groups, err := s.open()
+			if err != nil {
+				return err
+			}
+			defer closeAll(groups)
+			if len(groups) == 0 {
+				e.say(`nothing is attached: "rpsel attach" makes a port sticky`)
+				return nil
+			}
+			return watchAll(ctx, e, &s, groups, asJSON)
+		},
+	}
+	s.addGroupFlags(cmd)
+	s.addBPFFSFlag(cmd)
+	addJSONFlag(cmd, &asJSON)
+	addQuietFlag(cmd, e)
+	return cmd
+}
+
+// watchAll prints the events of all groups until the context ends, or one of them
+// cannot be watched.
+func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJSON bool) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var printing sync.Mutex
+	results := make(chan error)
+	for _, g := range groups {
+		go func() {
+			name := s.groupName(g.Key())
+			ready := func() {
+				printing.Lock()
+				defer printing.Unlock()
+				e.say("%s: reading events", name)
+			}
+			results <- g.Watch(ctx, ready, func(events []loader.Event) error {
+				printing.Lock()
+				defer printing.Unlock()
+				return writeEvents(e, g.Key(), name, events, asJSON)
+			})
+		}()
+	}
+	var errs []error
+	for range groups {
+		if err := <-results; err != nil {
+			errs = append(errs, err)
+			stop()
+		}
+	}
+	if len(errs) > 1 {
+		errs = errs[:1] // the others say the same of their group
+	}
+	return errors.Join(errs...)
+}
+
+type eventJSON struct {
+	Time    string  `json:"time"`
+	Event   string  `json:"event"`
+	Proto   string  `json:"proto"`
+	Local   string  `json:"local"`
+	Client  *string `json:"client"` // null: of a listener
+	Slot    *int    `json:"slot"`   // null: of none
+	PID     int     `json:"pid"`    // 0: of a listener that was replaced
+	Command string  `json:"command"`
+	From    *int    `json:"from_slot"` // of a rehomed flow
+	Dropped *int    `json:"dropped"`   // null: not known, or not that event
+}
+
+func writeEvents(e *env, key loader.Key, name string, events []loader.Event, asJSON bool) error {
+	w := bufio.NewWriterSize(e.out, 1<<16)
+	for _, event := range events {
+		if asJSON {
+			if err := writeJSON(w, newEventJSON(key, event)); err != nil {
+				return err
+			}
+			continue
+		}
+		fmt.Fprintf(w, "%s  %-11s  %s", event.Time.Format("15:04:05.000"), strings.ToUpper(string(event.Kind)), name)
+		if event.Kind == loader.EventDropped {
+			if event.Dropped < 0 {
+				fmt.Fprintln(w, "  some events, nobody knows how many")
+			} else {
+				fmt.Fprintf(w, "  %s\n", plural(event.Dropped, "event"))
+			}
+			continue
+		}
+		if event.Client.IsValid() {
+			fmt.Fprintf(w, "  %s", event.Client)
+		}
+		fmt.Fprintf(w, "  slot %d", event.Slot)
+		if event.PID != 0 {
+			fmt.Fprintf(w, ", %s (pid %d)", event.Command, event.PID)
+		}
+		if event.From >= 0 {
+			fmt.Fprintf(w, ", from slot %d", event.From)
+		}
+		fmt.Fprintln(w)
+	}
+	return w.Flush()
+}
+
+func newEventJSON(key loader.Key, event loader.Event) eventJSON {
+	j := eventJSON{
+		Time: event.Time.UTC().Format(time.RFC3339Nano), Event: string(event.Kind),
+		Proto: key.Proto.String(), Local: key.Addr.String(),
+		PID: event.PID, Command: event.Command, From: nullIfNegative(event.From),
+	}
+	if event.Client.IsValid() {
+		client := event.Client.String()
+		j.Client = &client
+	}
+	if event.Kind == loader.EventDropped {
+		j.Dropped = nullIfNegative(event.Dropped)
+	} else {
+		j.Slot = &event.Slot
+	}
+	return j
+}

@@ -1,0 +1,230 @@
+package loader_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/loader"
+)
+
+// watcher collects a group's events.
+type watcher struct {
+	t      *testing.T
+	end    func() error
+	mu     sync.Mutex
+	events []loader.Event
+}
+
+// watch reads a group's events until the test ends. A reader that gets stuck does
+// so with its first events, until the channel is closed.
+func watch(t *testing.T, g *loader.Group, stuck <-chan struct{}) *watcher {
+	t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	w := &watcher{t: t}
+	ready, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		done <- g.Watch(ctx, func() { close(ready) }, func(events []loader.Event) error {
+			if stuck != nil {
+				<-stuck
+			}
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.events = append(w.events, events...)
+			return nil
+		})
+	}()
+	w.end = sync.OnceValue(func() error {
+		stop()
+		return <-done
+	})
+	t.Cleanup(func() {
+		if err := w.end(); err != nil {
+			t.Error(err)
+		}
+	})
+	select {
+	case <-ready:
+	case err := <-done:
+		t.Fatal(err)
+	}
+	return w
+}
+
+// await waits until the events since the last await are n at least, and returns
+// them.
+func (w *watcher) await(n int) []loader.Event {
+	w.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		w.mu.Lock()
+		events := w.events
+		if len(events) >= n {
+			w.events = nil
+		}
+		w.mu.Unlock()
+		if len(events) >= n {
+			return events
+		}
+		if time.Now().After(deadline) {
+			w.t.Fatalf("%d events, want %d: %+v", len(events), n, events)
+		}
+	}
+}
+
+// kinds counts events.
+func kinds(events []loader.Event) map[loader.EventKind]int {
+	n := map[loader.EventKind]int{}
+	for _, e := range events {
+		n[e.Kind]++
+	}
+	return n
+}
+
+// byClient gives the slot that each client's event of a kind names.
+func byClient(events []loader.Event, kind loader.EventKind) map[int]int {
+	slots := map[int]int{}
+	for _, e := range events {
+		if e.Kind == kind {
+			slots[int(e.Client.Port())] = e.Slot
+		}
+	}
+	return slots
+}
+
+// answered is byClient as the answers of the servers s0, s1… in slots 0, 1… have it.
+func answered(c *testnet.Clients, answers []string, which func(string) bool) map[int]int {
+	slots := map[int]int{}
+	for i, name := range answers {
+		var slot int
+		fmt.Sscanf(name, "s%d", &slot)
+		if which(name) {
+			slots[c.Port(i)] = slot
+		}
+	}
+	return slots
+}
+
+func anyServer(string) bool { return true }
+
+// Each thing that happens to a flow or a listener is told, once, with the slot of
+// the server that answered. Expired flows are, by the timer of the kernel or
+// without.
+func TestWatch(t *testing.T) {
+	for _, timer := range []bool{true, false} {
+		t.Run(fmt.Sprintf("timer %v", timer), func(t *testing.T) {
+			if !timer {
+				defer loader.NoTimer()()
+			}
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp6", Addr: "[::]:1194", ReusePort: true})
+			g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: 3 * time.Second})
+			testnet.NewClients(t, ns, 50, "[::1]:1194").Ask() // before anybody reads
+			w := watch(t, g, nil)
+
+			clients := testnet.NewClients(t, ns, 100, "127.0.0.1:1194")
+			answers := clients.Ask()
+			events := w.await(100)
+			if diff := cmp.Diff(answered(clients, answers, anyServer), byClient(events, loader.EventNew)); diff != "" || len(events) != 100 {
+				t.Errorf("%v: %s", kinds(events), diff)
+			}
+			events = nil
+			for got := 0; got < 100; got = len(byClient(events, loader.EventEstablished)) {
+				clients.Ask()
+				events = append(events, w.await(0)...)
+			}
+			// The flows of before are not heard of again.
+			for got := 0; got < 50; got = kinds(events)[loader.EventExpire] {
+				clients.Ask()
+				events = append(events, w.await(0)...)
+			}
+			if diff := cmp.Diff(map[loader.EventKind]int{loader.EventEstablished: 100, loader.EventExpire: 50}, kinds(events)); diff != "" {
+				t.Error(diff)
+			}
+
+			servers.Close(1)
+			orphan := func(name string) bool { return name == "s1" }
+			orphans := answered(clients, answers, orphan)
+			answers = clients.Ask()
+			events = w.await(1 + len(orphans))
+			got := byClient(events, loader.EventRehome)
+			for i, name := range answers {
+				if _, ok := orphans[clients.Port(i)]; ok && fmt.Sprint("s", got[clients.Port(i)]) != name {
+					t.Errorf("port %d: rehomed to slot %d, %s answers", clients.Port(i), got[clients.Port(i)], name)
+				}
+			}
+			if len(got) != len(orphans) || events[0].Kind != loader.EventLeave || events[0].Slot != 1 || events[0].PID == 0 || len(events) != 1+len(orphans) {
+				t.Errorf("%d orphans, first %+v, %v", len(orphans), events[0], kinds(events))
+			}
+			if i := slices.IndexFunc(events, func(e loader.Event) bool { return e.Kind == loader.EventRehome && e.From != 1 }); i >= 0 {
+				t.Errorf("rehomed: %+v", events[i])
+			}
+
+			servers.Add()
+			attach(t, fs, ns, loader.Options{})
+			if err := g.Drain(2); err != nil {
+				t.Fatal(err)
+			}
+			told := w.await(2)
+			if err := g.Resume(2); err != nil {
+				t.Fatal(err)
+			}
+			told = append(told, w.await(1)...)
+			if diff := cmp.Diff(map[loader.EventKind]int{loader.EventJoin: 1, loader.EventDrain: 1, loader.EventResume: 1}, kinds(told)); diff != "" {
+				t.Errorf("%s: %+v", diff, told)
+			}
+
+			if err := g.Watch(context.Background(), nil, nil); !errors.Is(err, loader.ErrWatched) {
+				t.Errorf("a second reader: %v", err)
+			}
+			if err := w.end(); err != nil {
+				t.Error(err)
+			}
+			testnet.NewClients(t, ns, 50, "[::1]:1194").Ask()
+			again := watch(t, g, nil)
+			testnet.NewClients(t, ns, 1, "[::1]:1194").Ask()
+			if events := again.await(1); len(events) != 1 || events[0].Kind != loader.EventNew {
+				t.Errorf("what happened while nobody read is told: %+v", events)
+			}
+			again.await(0)
+			if _, err := fs.Detach(g.Key()); err != nil {
+				t.Fatal(err)
+			}
+			if err := again.end(); err != nil && !errors.Is(err, loader.ErrNotAttached) {
+				t.Errorf("detached: %v", err)
+			}
+			again.end = func() error { return nil }
+		})
+	}
+}
+
+// What finds the ring full is counted, and the counters of the program agree: told
+// and dropped events are as many as happened.
+func TestWatchDropped(t *testing.T) {
+	defer loader.SmallRing()()
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	testnet.StartGroup(t, ns, 3, udpServer)
+	g := attach(t, fs, ns, loader.Options{Flows: 64, Settle: -1})
+	stuck := make(chan struct{})
+	w := watch(t, g, stuck)
+	testnet.NewClients(t, ns, 1000, fleetAddr).Ask()
+	close(stuck)
+	if err := w.end(); err != nil {
+		t.Fatal(err)
+	}
+	n, dropped := kinds(w.events), 0
+	for _, e := range w.events {
+		dropped += e.Dropped
+	}
+	c := status(t, g).Counters
+	happened := int(c.New + c.Evicted)
+	if told := n[loader.EventNew] + n[loader.EventEvict]; told+dropped != happened || told == 0 || dropped < happened/2 {
+		t.Errorf("%d events and %d dropped, %d happened: %v", told, dropped, happened, n)
+	}
+}
