@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"os/signal"
 	"strings"
@@ -82,17 +81,14 @@ func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJ
 			})
 		}()
 	}
-	var errs []error
+	var first error // the others say the same of their group
 	for range groups {
-		if err := <-results; err != nil {
-			errs = append(errs, err)
+		if err := <-results; err != nil && first == nil {
+			first = err
 			stop()
 		}
 	}
-	if len(errs) > 1 {
-		errs = errs[:1] // the others say the same of their group
-	}
-	return errors.Join(errs...)
+	return first
 }
 
 type eventJSON struct {
