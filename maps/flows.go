@@ -20,8 +20,7 @@ const BucketSize = 8
 const firstBucket = 6
 
 // BucketsFor returns how many buckets a table for that many flows has: 1.5
-// entries per flow, so that at full load fewer than one flow in a million
-// finds no room.
+// entries per flow, so that at full load one flow in ten thousand finds no room.
 func BucketsFor(flows int) uint32 {
 	return uint32(max(2, (flows*3/2+BucketSize-1)/BucketSize))
 }
