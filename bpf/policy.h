@@ -61,6 +61,9 @@ ALWAYS_INLINE __u32 from_row(__u32 policy, __u32 hash)
 	return READ_ONCE(r->slots[i & (RPSEL_ROW - 1)]);
 }
 
+/* Draws for a second candidate, since the table may give the first again. */
+#define SECOND_DRAWS 8
+
 /*
  * pick_lighter puts a second candidate of the table in the place of the one that
  * was picked, if that has more flows for its weight.
@@ -75,10 +78,14 @@ OWN_FUNCTION int pick_lighter(struct sk_reuseport_md *ctx, const struct config *
 	if (!cfg || !c)
 		return 0;
 	table = READ_ONCE(cfg->table);
-	entry = pick_entry(table_first(table) + scale(entry_hash(hash), table_size(table)));
-	if (!entry)
-		return 1;
-	slot = picked(READ_ONCE(*entry), NOT_WAITING);
+	slot = c->slot;
+	for (__u32 i = 0; i < SECOND_DRAWS && slot == c->slot; i++) {
+		hash = entry_hash(hash);
+		entry = pick_entry(table_first(table) + scale(hash, table_size(table)));
+		if (!entry)
+			return 1;
+		slot = picked(READ_ONCE(*entry), NOT_WAITING);
+	}
 	if (slot == c->slot || slot >= RPSEL_SLOTS || !lighter(slot, c->slot))
 		return 1;
 	if (choose_any(ctx, slot, &other)) {

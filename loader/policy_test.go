@@ -230,6 +230,28 @@ func TestPolicyTCP(t *testing.T) {
 	}
 }
 
+// Ten flows of two listeners are even already: the second candidate is another
+// listener than the first. Were it drawn once, every other flow would have no choice.
+func TestLeastOfFew(t *testing.T) {
+	const rounds, flows = 100, 10
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 2, udpServer)
+	g := attach(t, fs, ns, loader.Options{Settle: -1, Policy: loader.PolicyLeast})
+	uneven := 0
+	for range rounds {
+		shares := testnet.Shares(testnet.NewClients(t, ns, flows, fleetAddr).Ask())
+		if n := shares[servers.Names[0]]; n != flows/2 {
+			uneven++
+		}
+		if n, err := g.Flush(func(loader.Flow) bool { return true }); err != nil || n != flows {
+			t.Fatalf("%d flows flushed: %v", n, err)
+		}
+	}
+	if uneven > rounds/10 {
+		t.Errorf("of %d times %d flows %d were uneven", rounds, flows, uneven)
+	}
+}
+
 // A count of least that is wrong is right again after some rounds of the timer, with
 // no process of ours, while flows come.
 func TestLeastHeals(t *testing.T) {
