@@ -307,7 +307,7 @@ ALWAYS_INLINE void give_up(struct flow *mine, const struct insertion *in)
 /*
  * insert_claim finds room for a flow that is in neither bucket and marks it
  * busy. Room is, in this order: what is empty or expired (in the second bucket
- * only when the first holds RPSEL_FIRST_BUCKET), then the oldest new flow.
+ * only when the first holds RPSEL_FIRST_BUCKET, and more), then the oldest new flow.
  * Never an established one.
  *
  * Two CPUs may insert twin first packets at once. Each marks its place and then
@@ -326,11 +326,16 @@ OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struc
 		return INSERT_FULL;
 
 	__u64 a = survey(first, in), b = survey(second, in);
-	__u32 used = a >> SURVEY_USED_SHIFT & 0xff;
+	__u32 used_a = a >> SURVEY_USED_SHIFT & 0xff, used_b = b >> SURVEY_USED_SHIFT & 0xff;
 	__u64 rank_a = a >> SURVEY_RANK_SHIFT, rank_b = b >> SURVEY_RANK_SHIFT;
 
-	/* A well filled first bucket yields to a second one with room. */
-	if (rank_a == RANK_VACANT && used >= RPSEL_FIRST_BUCKET && rank_b == RANK_VACANT)
+	/*
+	 * A well filled first bucket yields to a second one that is less so. Were it
+	 * to one with any room, three flows in a million would find none in a table
+	 * at three quarters of its capacity; so none of three million does.
+	 */
+	if (rank_a == RANK_VACANT && used_a >= RPSEL_FIRST_BUCKET && rank_b == RANK_VACANT &&
+	    used_b < used_a)
 		rank_a = RANK_NEW;
 	if (rank_a == RANK_KEEP && rank_b == RANK_KEEP)
 		return look_again(first, second, in, INSERT_FULL);

@@ -19,15 +19,24 @@
 #include "pick.h"
 #include "rpsel.h"
 
-#define HARNESS_BUCKETS 4
+/* Set before the program is loaded, with the size of flows. */
+const volatile __u32 table_buckets = 4;
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, HARNESS_BUCKETS);
+	__uint(max_entries, 4);
 	__type(key, __u32);
 	__type(value, struct bucket);
 } flows SEC(".maps");
+
+/* Who run_churn has at present, by identity; 0: nobody. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} population SEC(".maps");
 
 struct values {
 	/* run_numbers */
@@ -130,21 +139,18 @@ int run_parse(struct __sk_buff *skb)
 
 enum { PACKET_HIT = 100, PACKET_REFRESHED = 101 };
 
-/* run_packet does to the flow table what a packet of a flow does whose listener lives. */
-SEC("tc")
-int run_packet(struct __sk_buff *skb)
+/* packet does to the flow table what a packet of a flow does whose listener lives. */
+static __noinline int packet(void)
 {
 	__u64 identity = io.identity, word = 0;
-	__u32 a = first_bucket(identity, HARNESS_BUCKETS),
-	      b = second_bucket(identity, HARNESS_BUCKETS);
+	__u32 a = first_bucket(identity, table_buckets), b = second_bucket(identity, table_buckets);
 	struct bucket *first = bpf_map_lookup_elem(&flows, &a);
 	struct bucket *second = bpf_map_lookup_elem(&flows, &b);
 	struct flow *f;
 	__u32 place;
 
-	(void)skb;
 	if (!first || !second)
-		return TC_ACT_OK;
+		return 0;
 	f = first->flows;
 	place = find_in(first, identity, &word);
 	if (place == RPSEL_BUCKET) {
@@ -158,7 +164,7 @@ int run_packet(struct __sk_buff *skb)
 		io.slot = word_slot(word);
 		if (fresh != word && exchange(&f[place & (RPSEL_BUCKET - 1)].word, word, fresh))
 			io.result = PACKET_REFRESHED;
-		return TC_ACT_OK;
+		return 0;
 	}
 
 	struct insertion in = {
@@ -176,6 +182,111 @@ int run_packet(struct __sk_buff *skb)
 		io.result = insert_commit(first, second, &in);
 	io.place = in.place;
 	io.evicted = in.evicted;
+	return 0;
+}
+
+SEC("tc")
+int run_packet(struct __sk_buff *skb)
+{
+	(void)skb;
+	packet();
+	return TC_ACT_OK;
+}
+
+/* expire makes a flow one that was heard of too long ago. */
+static __noinline int expire(__u64 identity)
+{
+	__u32 a = first_bucket(identity, table_buckets), b = second_bucket(identity, table_buckets);
+	__u32 long_ago = io.now - io.idle - 1;
+
+	for (int i = 0; i < 2; i++) {
+		struct bucket *in = bpf_map_lookup_elem(&flows, i ? &b : &a);
+		__u64 word = 0;
+		__u32 place;
+
+		if (!in)
+			return 0;
+		place = find_in(in, identity, &word);
+		if (place < RPSEL_BUCKET)
+			exchange(&in->flows[place].word, word,
+				 make_word(word_slot(word), word_incarnation(word),
+					   FLOW_ESTABLISHED, long_ago, word_tag(word)));
+	}
+	return 0;
+}
+
+/* What run_churn does, and what it has seen. */
+struct churn {
+	__u64 seed;
+	__u64 runs;	 /* so far */
+	__u64 until;	 /* it does nothing more then */
+	__u64 untracked; /* flows that found no room when they began */
+	__u64 evicted;	 /* flows that gave way */
+	__u32 flows;	 /* that there are at a time */
+	__u32 lag;	 /* how many others begin before a flow's second packet */
+};
+
+struct churn churn;
+
+/* draw makes a flow, or a number, of the number of a run. */
+static __noinline __u64 draw(__u64 n)
+{
+	n = (churn.seed + n) * IDENTITY_MULTIPLIER;
+	n = (n ^ n >> 30) * 0xbf58476d1ce4e5b9ull;
+	n = (n ^ n >> 27) * 0x94d049bb133111ebull;
+	return n ^ n >> 31;
+}
+
+/* place_in is where the flow of a run is in the population. */
+ALWAYS_INLINE __u64 *place_in(__u64 run)
+{
+	__u32 at = run < churn.flows ? run : scale(draw(~run), churn.flows);
+
+	return bpf_map_lookup_elem(&population, &at);
+}
+
+/* flow_of makes the flow of a run. */
+ALWAYS_INLINE __u64 flow_of(__u64 run)
+{
+	__u64 drawn = draw(run);
+
+	return flow_identity(drawn, drawn >> 32);
+}
+
+/*
+ * run_churn lets one flow begin. The first take nobody's place; then one expires
+ * that is drawn from all. The flow that began some runs ago sends its second packet,
+ * if it is still there.
+ */
+SEC("tc")
+int run_churn(struct __sk_buff *skb)
+{
+	__u64 run = churn.runs, *flow;
+	__u32 now = io.now;
+
+	(void)skb;
+	if (run >= churn.until)
+		return TC_ACT_OK;
+	churn.runs++;
+	flow = place_in(run);
+	if (!flow)
+		return TC_ACT_OK;
+	if (*flow)
+		expire(*flow);
+	*flow = io.identity = flow_of(run);
+	packet();
+	churn.untracked += io.result == INSERT_FULL;
+	churn.evicted += io.result == INSERT_CLAIMED && io.evicted;
+	if (run < churn.lag)
+		return TC_ACT_OK;
+	flow = place_in(run - churn.lag);
+	if (!flow || *flow != flow_of(run - churn.lag))
+		return TC_ACT_OK;
+	io.identity = *flow;
+	io.now = now + 2;
+	packet();
+	churn.evicted += io.result == INSERT_CLAIMED && io.evicted;
+	io.now = now;
 	return TC_ACT_OK;
 }
 

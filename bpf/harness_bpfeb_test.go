@@ -22,6 +22,17 @@ type HarnessBucket struct {
 	}
 }
 
+type HarnessChurn struct {
+	_         structs.HostLayout
+	Seed      uint64
+	Runs      uint64
+	Until     uint64
+	Untracked uint64
+	Evicted   uint64
+	Flows     uint32
+	Lag       uint32
+}
+
 type HarnessValues struct {
 	_             structs.HostLayout
 	Word          uint64
@@ -76,12 +87,16 @@ type HarnessValues struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	HarnessMapFlows       = "flows"
-	HarnessProgRunKey     = "run_key"
-	HarnessProgRunNumbers = "run_numbers"
-	HarnessProgRunPacket  = "run_packet"
-	HarnessProgRunParse   = "run_parse"
-	HarnessVarIo          = "io"
+	HarnessMapFlows        = "flows"
+	HarnessMapPopulation   = "population"
+	HarnessProgRunChurn    = "run_churn"
+	HarnessProgRunKey      = "run_key"
+	HarnessProgRunNumbers  = "run_numbers"
+	HarnessProgRunPacket   = "run_packet"
+	HarnessProgRunParse    = "run_parse"
+	HarnessVarChurn        = "churn"
+	HarnessVarIo           = "io"
+	HarnessVarTableBuckets = "table_buckets"
 )
 
 // LoadHarness returns the embedded CollectionSpec for Harness.
@@ -126,6 +141,7 @@ type HarnessSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HarnessProgramSpecs struct {
+	RunChurn   *ebpf.ProgramSpec `ebpf:"run_churn"`
 	RunKey     *ebpf.ProgramSpec `ebpf:"run_key"`
 	RunNumbers *ebpf.ProgramSpec `ebpf:"run_numbers"`
 	RunPacket  *ebpf.ProgramSpec `ebpf:"run_packet"`
@@ -136,14 +152,17 @@ type HarnessProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HarnessMapSpecs struct {
-	Flows *ebpf.MapSpec `ebpf:"flows"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
+	Population *ebpf.MapSpec `ebpf:"population"`
 }
 
 // HarnessVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HarnessVariableSpecs struct {
-	Io *ebpf.VariableSpec `ebpf:"io"`
+	Churn        *ebpf.VariableSpec `ebpf:"churn"`
+	Io           *ebpf.VariableSpec `ebpf:"io"`
+	TableBuckets *ebpf.VariableSpec `ebpf:"table_buckets"`
 }
 
 // HarnessObjects contains all objects after they have been loaded into the kernel.
@@ -166,12 +185,14 @@ func (o *HarnessObjects) Close() error {
 //
 // It can be passed to LoadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HarnessMaps struct {
-	Flows *ebpf.Map `ebpf:"flows"`
+	Flows      *ebpf.Map `ebpf:"flows"`
+	Population *ebpf.Map `ebpf:"population"`
 }
 
 func (m *HarnessMaps) Close() error {
 	return _HarnessClose(
 		m.Flows,
+		m.Population,
 	)
 }
 
@@ -179,13 +200,16 @@ func (m *HarnessMaps) Close() error {
 //
 // It can be passed to LoadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HarnessVariables struct {
-	Io *ebpf.Variable `ebpf:"io"`
+	Churn        *ebpf.Variable `ebpf:"churn"`
+	Io           *ebpf.Variable `ebpf:"io"`
+	TableBuckets *ebpf.Variable `ebpf:"table_buckets"`
 }
 
 // HarnessPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to LoadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HarnessPrograms struct {
+	RunChurn   *ebpf.Program `ebpf:"run_churn"`
 	RunKey     *ebpf.Program `ebpf:"run_key"`
 	RunNumbers *ebpf.Program `ebpf:"run_numbers"`
 	RunPacket  *ebpf.Program `ebpf:"run_packet"`
@@ -194,6 +218,7 @@ type HarnessPrograms struct {
 
 func (p *HarnessPrograms) Close() error {
 	return _HarnessClose(
+		p.RunChurn,
 		p.RunKey,
 		p.RunNumbers,
 		p.RunPacket,

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/bits"
 	"math/rand/v2"
 	"slices"
@@ -292,7 +293,7 @@ func (tb *table) find(b uint32, identity uint64) int {
 
 // insert gives the flow the best place: its own, a vacant one, that of the
 // oldest new flow. The first bucket is preferred, but for a vacant place only
-// while it has two more.
+// while it has two more, or the second has no more.
 func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32) uint32 {
 	type place struct {
 		bucket uint32
@@ -319,7 +320,7 @@ func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32)
 	switch {
 	case own != nil:
 		at = *own
-	case len(vacant[0]) > 2 || len(vacant[0]) > 0 && len(vacant[1]) == 0:
+	case len(vacant[0]) > 2 || len(vacant[0]) > 0 && len(vacant[1]) <= len(vacant[0]):
 		at = vacant[0][0]
 	case len(vacant[1]) > 0:
 		at = vacant[1][0]
@@ -412,6 +413,83 @@ func FuzzTable(f *testing.F) {
 			}
 		}
 	})
+}
+
+// occupancy is what became of the flows that began.
+type occupancy struct{ began, untracked, evicted uint64 }
+
+func (o occupancy) String() string {
+	share := func(n uint64) float64 { return float64(n) / float64(o.began) }
+	return fmt.Sprintf("%9d %10.1e %10.1e", o.began, share(o.untracked), share(o.evicted))
+}
+
+// occupy fills a table with load percent of the flows it is made for. Then as many
+// flows again expire, and others begin, in each of some turns.
+func occupy(t *testing.T, capacity, load, turns int) (filling, churning occupancy) {
+	t.Helper()
+	spec, err := LoadHarness()
+	if err != nil {
+		t.Fatal(err)
+	}
+	buckets, flows := maps.BucketsFor(capacity), capacity*load/100
+	spec.Maps["flows"].MaxEntries = buckets
+	spec.Maps["population"].MaxEntries = uint32(flows)
+	if err := spec.Variables["table_buckets"].Set(buckets); err != nil {
+		t.Fatal(err)
+	}
+	var o HarnessObjects
+	if err := spec.LoadAndAssign(&o, nil); err != nil {
+		t.Fatalf("%+v", err)
+	}
+	defer o.Close()
+	if err := o.Io.Set(HarnessValues{Now: 1000, Idle: idle, IdleNew: idleNew, Incarnation: 1}); err != nil {
+		t.Fatal(err)
+	}
+	c := HarnessChurn{Seed: uint64(capacity), Flows: uint32(flows), Lag: uint32(capacity / 100)}
+	run := func(n int) occupancy {
+		t.Helper()
+		before := c
+		c.Until += uint64(n)
+		if err := o.Churn.Set(c); err != nil {
+			t.Fatal(err)
+		}
+		for c.Runs < c.Until {
+			if _, err := o.RunChurn.Run(&ebpf.RunOptions{Data: frame(), Repeat: 1 << 14}); err != nil {
+				t.Fatal(err)
+			}
+			if err := o.Churn.Get(&c); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return occupancy{uint64(n), c.Untracked - before.Untracked, c.Evicted - before.Evicted}
+	}
+	return run(flows), run(turns * flows)
+}
+
+// How full the table may be: of a million flows fewer than one finds no room when
+// there are three quarters of what the table is made for. The table of all loads is
+// in the log.
+func TestLoadFactor(t *testing.T) {
+	testnet.Privileged(t)
+	report := fmt.Sprintf("%-9s %-6s %-31s %s\n", "CAPACITY", "LOAD", "FILLED  UNTRACKED    EVICTED", "REPLACED  UNTRACKED    EVICTED")
+	for _, c := range []struct{ capacity, turns, target int }{{1 << 16, 4, 60}, {1 << 18, 1, 1}} {
+		for _, load := range []int{25, 50, 75, 90, 100} {
+			turns := c.turns
+			if load == 75 {
+				turns = c.target // enough to tell one in a million
+			}
+			filling, churning := occupy(t, c.capacity, load, turns)
+			if n := filling.untracked + churning.untracked; load <= 75 && n*1_000_000 >= filling.began+churning.began {
+				t.Errorf("%d %% of %d: %d of %d flows found no room", load, c.capacity, n, filling.began+churning.began)
+			}
+			// The control: it is made for no more.
+			if load == 100 && churning.untracked+churning.evicted == 0 {
+				t.Errorf("%d %% of %d: every flow found room", load, c.capacity)
+			}
+			report += fmt.Sprintf("%-9d %4d %% %s %s\n", c.capacity, load, filling, churning)
+		}
+	}
+	t.Log("\n" + report)
 }
 
 // The keyed identity, and that words which differ hardly ever meet.

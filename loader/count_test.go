@@ -1,8 +1,10 @@
 package loader_test
 
 import (
+	"fmt"
 	"net"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -86,97 +88,199 @@ func (c counted) check(when string, want loader.Counters, bytes uint64) {
 // datagram is a header of 8 bytes and a payload of 4.
 const datagram = 12
 
+// tally is what the counters have to be, told from who answered what.
+type tally struct {
+	affinity loader.Affinity
+	has      map[int]string // who has the flow of a client
+	want     loader.Counters
+}
+
+// When flows are asked for in a way that not every one is tracked.
+const (
+	freely = iota
+	frozen
+	fullOfEstablished
+	fullOfNew
+	nobodyLeft
+)
+
+// ask asks from all clients, of which one listener may have died since.
+func (x *tally) ask(t *testing.T, c *testnet.Clients, how int, dead string) {
+	t.Helper()
+	for i, name := range c.Ask() {
+		client := c.Port(i)
+		if x.affinity == loader.AffinityClient || x.affinity == allAlike {
+			client = 0
+		}
+		has, tracked := x.has[client]
+		switch {
+		case name == "" || tracked && has != dead && has != name && how != nobodyLeft:
+			t.Errorf("client %d is answered by %q, %s has it", i, name, has)
+		case how == nobodyLeft:
+			x.want.Fallback++
+		case x.affinity == loader.AffinityNone:
+			x.want.Untracked++
+		case tracked && has == dead:
+			x.want.Rehomed++
+			x.has[client] = name
+		case tracked:
+			x.want.Hit++
+		case how == frozen:
+			x.want.Untracked++
+		case how == fullOfEstablished:
+			x.want.Untracked++
+			x.want.TableFull++
+		default:
+			x.want.New++
+			x.has[client] = name
+			if how == fullOfNew {
+				x.want.Evicted++
+			}
+		}
+	}
+}
+
+const (
+	allAlike = loader.Affinity("bytes:0,2")    // of every question the same
+	tooShort = loader.Affinity("bytes:1000,4") // so that each is as with flow
+)
+
+var (
+	allPolicies   = append(slices.Clone(choosing), loader.PolicyNewest)
+	allAffinities = []loader.Affinity{loader.AffinityFlow, loader.AffinityClient, allAlike, tooShort, loader.AffinityNone}
+)
+
+// each runs a test with every policy and affinity, and with listeners and clients of
+// one family or another.
+func each(t *testing.T, test func(t *testing.T, o loader.Options, network, listen, remote string)) {
+	for i, policy := range allPolicies {
+		for j, affinity := range allAffinities {
+			c := cases[(i+j)%len(cases)]
+			t.Run(fmt.Sprintf("%s %s %s from %s", policy, affinity, c.listen, c.remote), func(t *testing.T) {
+				test(t, loader.Options{Flows: 1000, Settle: -1, Policy: policy, Affinity: affinity}, c.network, c.listen, c.remote)
+			})
+		}
+	}
+}
+
 // P8: whatever happens, every run is exactly one outcome, and every counter has
 // exactly the value that what happened gives it.
 func TestEveryRunIsCountedOnce(t *testing.T) {
 	count(t)
-	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: "udp6", Addr: "[::]:1194", ReusePort: true})
-	g := attach(t, root, ns, loader.Options{Flows: 1000, Settle: -1})
-	c := counted{t, ns, g}
-	clients := testnet.NewClients(t, ns, 500, "127.0.0.1:1194")
-	clients.Ask()
-	c.check("first packets", loader.Counters{New: 500}, datagram)
-	before := clients.Ask()
-	c.check("second packets", loader.Counters{New: 500, Hit: 500}, datagram)
-	servers.Close(1)
-	orphans := uint64(testnet.Shares(before)["s1"])
-	after := clients.Ask()
-	c.check("a listener died", loader.Counters{New: 500, Hit: 1000 - orphans, Rehomed: orphans}, datagram)
-	if diff := cmp.Diff(after, clients.Ask()); diff != "" {
-		t.Errorf("flows moved: %s", diff)
-	}
-	want := loader.Counters{New: 500, Hit: 1500 - orphans, Rehomed: orphans}
-	c.check("and once more", want, datagram)
+	each(t, func(t *testing.T, o loader.Options, network, listen, remote string) {
+		const n = 200
+		ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
+		servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: network, Addr: listen, ReusePort: true})
+		g := attach(t, root, ns, o)
+		c, x := counted{t, ns, g}, tally{affinity: o.Affinity, has: map[int]string{}}
+		check := func(when string) {
+			t.Helper()
+			c.check(when, x.want, datagram)
+		}
+		clients := testnet.NewClients(t, ns, n, remote)
+		x.ask(t, clients, freely, "")
+		check("first packets")
+		x.ask(t, clients, freely, "")
+		check("second packets")
+		dead := "s1"
+		for _, name := range x.has {
+			dead = name // which may have all there is
+		}
+		servers.Close(slices.Index(servers.Names, dead))
+		x.ask(t, clients, freely, dead)
+		check("a listener died")
+		x.ask(t, clients, freely, "")
+		check("and once more")
 
-	// While the table is copied new flows are not written to it.
-	if err := g.Freeze(0); err != nil {
-		t.Fatal(err)
-	}
-	testnet.NewClients(t, ns, 100, "127.0.0.1:1194").Ask()
-	want.Untracked = 100
-	c.check("frozen", want, datagram)
-	if err := g.Freeze(-1); err != nil {
-		t.Fatal(err)
-	}
+		// While the table is copied new flows are not written to it.
+		if err := g.Freeze(0); err != nil {
+			t.Fatal(err)
+		}
+		x.ask(t, testnet.NewClients(t, ns, 100, remote), frozen, "")
+		check("frozen")
+		if err := g.Freeze(-1); err != nil {
+			t.Fatal(err)
+		}
 
-	// All that are registered die.
-	servers.Add()
-	for _, i := range []int{0, 2, 3} {
-		servers.Close(i)
-	}
-	clients.Ask()
-	testnet.NewClients(t, ns, 100, "127.0.0.1:1194").Ask()
-	want.Fallback = 600
-	c.check("no listener is left", want, datagram)
-}
-
-// Of flows that find no room: with a table that is full of established ones, and
-// with one full of new ones.
-func TestFullTableIsCounted(t *testing.T) {
-	for state, want := range map[maps.State]loader.Counters{
-		maps.Established: {Untracked: 100, TableFull: 100},
-		maps.New:         {New: 100, Evicted: 100},
-	} {
-		t.Run(state.String(), func(t *testing.T) {
-			count(t)
-			ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
-			testnet.StartGroup(t, ns, 4, udpServer)
-			g := attach(t, root, ns, loader.Options{Flows: 1000, Settle: -1})
-			if err := g.Fill(maps.BucketSize*int(maps.BucketsFor(1000)), state); err != nil {
+		for _, full := range []struct {
+			how   int
+			state maps.State
+		}{{fullOfEstablished, maps.Established}, {fullOfNew, maps.New}} {
+			if err := g.Fill(maps.BucketSize*int(maps.BucketsFor(o.Flows)), full.state); err != nil {
 				t.Fatal(err)
 			}
-			testnet.NewClients(t, ns, 100, fleetAddr).Ask()
-			counted{t, ns, g}.check("first packets", want, datagram)
-		})
-	}
+			clear(x.has)
+			x.ask(t, clients, full.how, "")
+			check("full of flows that are " + full.state.String())
+		}
+
+		// All that are registered die.
+		servers.Add()
+		for i, name := range servers.Names[:4] {
+			if name != dead {
+				servers.Close(i)
+			}
+		}
+		x.ask(t, clients, nobodyLeft, "")
+		check("no listener is left")
+		for name, got := range map[string]uint64{"hit": x.want.Hit, "new": x.want.New, "rehomed": x.want.Rehomed, "evicted": x.want.Evicted, "table_full": x.want.TableFull} {
+			if got == 0 && o.Affinity != loader.AffinityNone {
+				t.Errorf("%s is 0", name)
+			}
+		}
+		if x.want.Untracked == 0 || x.want.Fallback != n {
+			t.Errorf("counters %+v", x.want)
+		}
+	})
 }
 
 // Of packets that cannot be read. There are none that get this far, so the program
-// is one that fails to.
+// is one that fails to. They go by the pick table, whatever the policy.
 func TestParseErrorIsCounted(t *testing.T) {
 	defer loader.Unreadable()()
 	count(t)
-	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	testnet.StartGroup(t, ns, 4, udpServer)
-	g := attach(t, root, ns, noSettle)
-	clients := testnet.NewClients(t, ns, 100, fleetAddr)
-	if diff := cmp.Diff(clients.Ask(), clients.Ask()); diff != "" {
-		t.Errorf("flows moved: %s", diff)
-	}
-	counted{t, ns, g}.check("unreadable", loader.Counters{Untracked: 200, ParseError: 200}, datagram)
+	each(t, func(t *testing.T, o loader.Options, network, listen, remote string) {
+		ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
+		testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: network, Addr: listen, ReusePort: true})
+		g := attach(t, root, ns, o)
+		clients := testnet.NewClients(t, ns, 100, remote)
+		want := loader.Counters{Untracked: 200, ParseError: 200}
+		moved := testnet.Moved(clients.Ask(), clients.Ask())
+		if o.Affinity == loader.AffinityNone {
+			want.ParseError, moved = 0, 0 // nothing is read
+		}
+		if moved != 0 {
+			t.Errorf("%d flows moved", moved)
+		}
+		counted{t, ns, g}.check("unreadable", want, datagram)
+	})
 }
 
 // Of TCP: a SYN each, and each connection that waits in a listener that closes.
 func TestMigratedIsCounted(t *testing.T) {
 	count(t)
+	for i, policy := range allPolicies {
+		for j, affinity := range []loader.Affinity{loader.AffinityNone, loader.AffinityClient} {
+			network, addr := "tcp4", "127.0.0.1:1194"
+			if (i+j)%2 == 1 {
+				network, addr = "tcp6", "[::1]:1194"
+			}
+			t.Run(fmt.Sprintf("%s %s %s", policy, affinity, network), func(t *testing.T) {
+				migrated(t, loader.Options{Settle: -1, Policy: policy, Affinity: affinity}, network, addr)
+			})
+		}
+	}
+}
+
+func migrated(t *testing.T, o loader.Options, network, addr string) {
+	const n = 60
 	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	var listeners []*net.TCPListener
 	err := ns.Do(func() (err error) {
 		if err := os.WriteFile("/proc/sys/net/ipv4/tcp_migrate_req", []byte("1"), 0); err != nil {
 			return err
 		}
-		listeners, err = sockets.Listen(t.Context(), 3, "tcp4", "127.0.0.1:1194")
+		listeners, err = sockets.Listen(t.Context(), 3, network, addr)
 		return err
 	})
 	if err != nil {
@@ -187,10 +291,10 @@ func TestMigratedIsCounted(t *testing.T) {
 			l.Close()
 		}
 	})
-	g := attach(t, root, ns, noSettle)
+	g := attach(t, root, ns, o)
 	err = ns.Do(func() error {
-		for range 100 {
-			conn, err := net.Dial("tcp4", "127.0.0.1:1194")
+		for range n {
+			conn, err := net.Dial(network, addr)
 			if err != nil {
 				return err
 			}
@@ -201,21 +305,30 @@ func TestMigratedIsCounted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := counted{t, ns, g}
-	c.check("connected", loader.Counters{Untracked: 100}, 0)
+	c, want := counted{t, ns, g}, loader.Counters{Untracked: n}
+	if o.Affinity == loader.AffinityClient {
+		want = loader.Counters{New: 1, Hit: n - 1}
+	}
+	c.check("connected", want, 0)
 	slots, err := g.Slots()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cookie, err := sockets.Cookie(listeners[1])
-	if err != nil {
-		t.Fatal(err)
+	// The first that any wait in.
+	for _, l := range listeners {
+		cookie, err := sockets.Cookie(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		its := status(t, g).Listeners[slots[cookie]]
+		if want.Migrated = its.Untracked + its.New + its.Hit; want.Migrated != 0 {
+			l.Close()
+			break
+		}
 	}
-	waiting := status(t, g).Listeners[slots[cookie]].Untracked
-	listeners[1].Close()
-	c.check("one closed", loader.Counters{Untracked: 100, Migrated: waiting}, 0)
-	if waiting == 0 || waiting == 100 {
-		t.Errorf("%d of 100 connections waited", waiting)
+	c.check("one closed", want, 0)
+	if o.Affinity == loader.AffinityNone && want.Migrated == n {
+		t.Errorf("all %d connections waited in one listener", n)
 	}
 }
 

@@ -117,7 +117,8 @@ func (g *Group) RecordWeight(slot uint32, weight uint32) error {
 	return g.state.listeners.Record(slot, record)
 }
 
-// Fill marks entries of the flow table as flows in a state that were heard of now.
+// Fill marks entries of the flow table as flows in a state that were heard of a
+// second ago, and are none of those that have been there.
 func (g *Group) Fill(n int, state maps.State) error {
 	memory, err := g.state.SelectMaps.Flows.Memory()
 	if err != nil {
@@ -127,7 +128,18 @@ func (g *Group) Fill(n int, state maps.State) error {
 	if err != nil {
 		return err
 	}
-	word := binary.NativeEndian.AppendUint64(nil, uint64(maps.MakeWord(0, 0, state, now, 0)))
+	taken, identity := map[uint32]bool{}, make([]byte, 8)
+	for at := int64(0); at < int64(memory.Size()); at += 16 {
+		if _, err := memory.ReadAt(identity, at); err != nil {
+			return err
+		}
+		taken[maps.Word(binary.NativeEndian.Uint64(identity)).Tag()] = true
+	}
+	tag := uint32(0)
+	for taken[tag] {
+		tag++
+	}
+	word := binary.NativeEndian.AppendUint64(nil, uint64(maps.MakeWord(0, 0, state, now-1, tag)))
 	for i := range n {
 		if _, err := memory.WriteAt(word, int64(16*i+8)); err != nil {
 			return err

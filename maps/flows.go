@@ -16,11 +16,12 @@ import (
 const BucketSize = 8
 
 // firstBucket is the number of entries of the first bucket that are used before
-// the second (RPSEL_FIRST_BUCKET in bpf/rpsel.h).
+// the second, if that has fewer (RPSEL_FIRST_BUCKET in bpf/rpsel.h).
 const firstBucket = 6
 
 // BucketsFor returns how many buckets a table for that many flows has: 1.5
-// entries per flow, so that at full load one flow in ten thousand finds no room.
+// entries per flow. At three quarters of them fewer than one flow in a million finds
+// no room, with all of them six in ten thousand (TestLoadFactor in bpf/).
 func BucketsFor(flows int) uint32 {
 	return uint32(max(2, (flows*3/2+BucketSize-1)/BucketSize))
 }
@@ -194,8 +195,8 @@ func (f *Flows) Sweep(first, end int, now uint32, limits Limits, forgotten func(
 func (f *Flows) Place(e Entry) bool {
 	first, second := Buckets(e.Identity, uint32(len(f.buckets.values)))
 	bucket, at := first, f.used(first)
-	if at >= firstBucket && f.used(second) < BucketSize {
-		bucket, at = second, f.used(second)
+	if other := f.used(second); at >= firstBucket && other < at {
+		bucket, at = second, other
 	}
 	if at == BucketSize {
 		var ok bool

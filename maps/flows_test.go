@@ -48,7 +48,7 @@ func randomEntry(random *rand.Rand) Entry {
 
 // As many flows as a table is made for find a place in it, each with all that is
 // known of it, where the program looks, and few in their second bucket. Without
-// anybody who makes room some in ten thousand would find none.
+// anybody who makes room some in a hundred thousand would find none.
 func TestPlace(t *testing.T) {
 	const n = 20000
 	random := rand.New(rand.NewPCG(1, 2))

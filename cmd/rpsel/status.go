@@ -64,6 +64,11 @@ func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool)
 	if s.agent != nil && s.agent.Mode == daemon.Polling {
 		e.warn("the agent (pid %d) polls for new listeners: %s", s.agent.PID, s.agent.Reason)
 	}
+	if s.agent != nil {
+		for _, refused := range s.agent.Refused {
+			e.warn("the agent (pid %d): %s", s.agent.PID, refused)
+		}
+	}
 	for _, status := range list {
 		name := s.groupName(status.Key)
 		for _, warning := range warnings(status) {

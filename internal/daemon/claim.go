@@ -33,6 +33,9 @@ type Info struct {
 	Mode Mode `json:"mode"`
 	// Reason is why it polls.
 	Reason string `json:"reason"`
+	// Refused is what its file says of groups and is not so, since it cannot be
+	// changed while they are attached.
+	Refused []string `json:"refused"`
 }
 
 const (

@@ -81,7 +81,7 @@ func Run(ctx context.Context, o Options) error {
 	own.Close()
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(),
-		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{},
+		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{}, refused: map[loader.Key][]string{},
 		inbox: newInbox(), ended: make(chan error, 1), polling: time.NewTicker(pollTime), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
@@ -125,8 +125,9 @@ type keeper struct {
 	named    map[string]uint64 // what names of services stand for; looked up anew for each thing that is done
 	groups   map[loader.Key]*group
 	failures map[string]failure
-	locked   map[uint64]bool // namespaces that are busy; see there
-	putOff   bool            // something, for that
+	locked   map[uint64]bool         // namespaces that are busy; see there
+	putOff   bool                    // something, for that
+	refused  map[loader.Key][]string // of the options of their services
 
 	watcher *watch.Watcher // nil: it polls
 	why     string         // it polls

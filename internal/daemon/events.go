@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -59,7 +60,11 @@ func (k *keeper) unwatch(because error) {
 	k.fails("info", k.claim.say(k.info()))
 }
 
-func (k *keeper) info() Info { return Info{PID: pid, Mode: k.mode(), Reason: k.why} }
+func (k *keeper) info() Info {
+	refused := slices.Concat(slices.Collect(maps.Values(k.refused))...)
+	slices.Sort(refused)
+	return Info{PID: pid, Mode: k.mode(), Reason: k.why, Refused: append([]string{}, refused...)}
+}
 
 // arrived keeps the groups of listeners that have just come.
 func (k *keeper) arrived(events []watch.Event) {

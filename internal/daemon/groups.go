@@ -49,6 +49,7 @@ func (k *keeper) refresh() (more bool) {
 		delete(k.groups, key)
 		if !slices.Contains(keys, key) {
 			k.Log.Info("detached", k.keyAttrs(key)...)
+			k.refuse(key, nil)
 		}
 	}
 	for _, key := range keys {

@@ -202,12 +202,35 @@ func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group
 	}
 	defer conn.Close()
 	g, err := k.FS.Attach(conn, o)
-	if errors.Is(err, loader.ErrFixed) {
-		k.fails(fmt.Sprint("fixed ", live.Key), err, k.attrs(live)...)
-		o.Flows = 0
+	var refused []string
+	for _, leave := range []func(){
+		func() { o.Flows = 0 },
+		func() { o.Affinity, o.ClientPrefix = "", loader.ClientPrefix{} },
+	} {
+		if !errors.Is(err, loader.ErrFixed) {
+			break
+		}
+		if text := err.Error(); !slices.Contains(refused, text) {
+			refused = append(refused, text)
+			k.complains("fixed "+text, text, k.attrs(live)...)
+		}
+		leave()
 		g, err = k.FS.Attach(conn, o)
 	}
+	k.refuse(live.Key, refused)
 	return g, err
+}
+
+// refuse tells those who look at the agent what of a service is not in force.
+func (k *keeper) refuse(key loader.Key, what []string) {
+	if slices.Equal(k.refused[key], what) {
+		return
+	}
+	delete(k.refused, key)
+	if what != nil {
+		k.refused[key] = what
+	}
+	k.fails("info", k.claim.say(k.info()))
 }
 
 // register gives slots to the members of an attached group that have none.

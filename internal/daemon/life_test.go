@@ -18,6 +18,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/agent"
@@ -192,6 +193,80 @@ func TestReload(t *testing.T) {
 	}
 	testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
 	a.awaitListeners(one, 3)
+}
+
+// What is changed in the file and read again moves no tracked flow, neither does what
+// cannot be changed keep the rest from being so, nor a group from being attached again.
+func TestReloadMovesNothing(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	key := keyOf(ns, loader.UDP, addr)
+	servers := testnet.StartGroup(t, ns, 3, options)
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`, "flows = 1000"))
+	a.awaitListeners(key, 3)
+	clients := testnet.NewClients(t, ns, 300, addr)
+	before := clients.Ask()
+	// From now on a flow that is picked anew may go elsewhere.
+	servers.Add()
+	servers.Add()
+	a.awaitListeners(key, 5)
+	reload := func(want loader.Status, refused []string, more ...string) {
+		t.Helper()
+		a.write(service(ns, 1194, append(more, `settle = "0s"`)...))
+		a.reload <- unix.SIGHUP
+		await(t, fmt.Sprint("what is in force with ", more), func() bool {
+			s, _ := status(t, a.fs, key)
+			return s.Policy == want.Policy && s.Idle == want.Idle && s.IdleNew == want.IdleNew &&
+				slices.Equal(running(t, fs).Refused, refused)
+		})
+		if s, _ := status(t, a.fs, key); s.Capacity != 1000 || s.Affinity != loader.AffinityFlow || !s.Attached {
+			t.Errorf("with %v: %+v", more, s)
+		}
+		if moved := testnet.Moved(before, clients.Ask()); moved != 0 {
+			t.Errorf("with %v: %d flows moved", more, moved)
+		}
+	}
+	for _, policy := range []string{"least", "rr", "random", "cpu", "newest", "hash"} {
+		reload(loader.Status{Policy: policy, Idle: 5 * time.Minute, IdleNew: 30 * time.Second}, nil, fmt.Sprintf("policy = %q", policy))
+	}
+	reload(loader.Status{Policy: "hash", Idle: time.Minute, IdleNew: 20 * time.Second}, nil, `idle = "1m"`, `idle-new = "20s"`)
+	fixed := []string{
+		key.String() + `: affinity client: fixed while attached, with flow: detach it, and attach it with that`,
+		key.String() + `: flows 2000: fixed while attached, with 1000: "rpsel upgrade --flows 2000" changes it`,
+	}
+	changed := []string{"flows = 2000", `affinity = "client"`, `client-prefix = "24/56"`, `policy = "rr"`, `idle = "2m"`}
+	for range 2 {
+		// What is in the file no more stays as it was, as with "rpsel attach".
+		reload(loader.Status{Policy: "rr", Idle: 2 * time.Minute, IdleNew: 20 * time.Second}, fixed, changed...)
+	}
+	for _, text := range fixed {
+		if n := strings.Count(a.said(), fmt.Sprintf("msg=%q", text)); n != 1 {
+			t.Errorf("said %d times: %s", n, text)
+		}
+	}
+
+	// The last server ends, and the program with it.
+	servers.Kill()
+	again := testnet.StartGroup(t, ns, 4, options)
+	a.awaitListeners(key, 4)
+	before = clients.Ask()
+	again.Close(0)
+	if moved := testnet.Moved(before, clients.Ask(), "s0"); moved != 0 {
+		t.Errorf("attached again: %d flows moved", moved)
+	}
+	before = clients.Ask()
+	reload(loader.Status{Policy: "hash", Idle: 2 * time.Minute, IdleNew: 20 * time.Second}, nil, "flows = 1000", `policy = "hash"`)
+
+	// The control: without a program they do move.
+	a.stop()
+	if _, err := a.fs.Detach(key); err != nil {
+		t.Fatal(err)
+	}
+	before = clients.Ask()
+	again.Close(3) // the first in the kernel's order, since s0 went
+	if testnet.Moved(before, clients.Ask(), "s3") == 0 {
+		t.Error("control: no flow moved without a program")
+	}
 }
 
 // Another tool's program leaves no place for ours: the agent polls, says why, and
@@ -517,8 +592,8 @@ func TestOneAtATime(t *testing.T) {
 		t.Errorf("before: %+v, %v", info, err)
 	}
 	a := start(t, fs, "")
-	if info := running(t, fs); info != (Info{PID: os.Getpid(), Mode: Events}) {
-		t.Errorf("it says %+v", info)
+	if diff := cmp.Diff(Info{PID: os.Getpid(), Mode: Events, Refused: []string{}}, running(t, fs)); diff != "" {
+		t.Errorf("it says %s", diff)
 	}
 	err := Run(t.Context(), Options{FS: loader.FS(fs), Config: a.config, Log: slog.New(slog.DiscardHandler)})
 	if want := fmt.Sprintf("an agent is running (pid %d)", os.Getpid()); !errors.Is(err, ErrRunning) || !strings.HasPrefix(err.Error(), want) {
