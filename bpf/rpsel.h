@@ -67,6 +67,16 @@ struct bucket {
 #define HISTORY_PORT_SHIFT 48
 #define SECOND_MASK 0xffffff
 
+/*
+ * By which hint a flow got its first listener: a flow with one has its listener
+ * since that many seconds before it was created, which no other flow has.
+ */
+enum hint {
+	HINT_NONE = 0,
+	HINT_FIRST = 1, /* its packet said that it is new, while the group settled */
+	HINT_FLOAT = 2, /* it followed the flow that its client had at another port */
+};
+
 struct detail {
 	__u64 client[2]; /* IPv6 address in network order, IPv4 as ::ffff:a.b.c.d */
 	__u64 history;
@@ -159,7 +169,7 @@ struct config {
 	__u32 serving;	  /* the generation that has new flows; while it waits: until then */
 	__u64 joined;	  /* second of CLOCK_BOOTTIME in which the last of them joined */
 	__u32 ruled;	  /* second since when the policy, or the settling, is this one */
-	__u32 pad;
+	__u32 first;	  /* enum first: fixed while attached, and a constant of the program */
 
 	/* Of the affinity, and fixed as that is. */
 	__u32 prefix4;	 /* client: bits of an IPv4 address that count */
@@ -206,6 +216,23 @@ enum affinity {
 	AFFINITY_NONE = 1,   /* every run is picked anew, nothing is tracked */
 	AFFINITY_CLIENT = 2, /* client address, or a prefix of it */
 	AFFINITY_BYTES = 3,  /* bytes of the payload; a packet too short for them: as FLOW */
+};
+
+/* By which protocol's packets a flow's first one may say where it belongs. */
+enum first {
+	FIRST_ANY = 0, /* packets say nothing */
+	FIRST_OPENVPN = 1,
+};
+
+/*
+ * A client, by address and by the number that a server gave it, wherever it sends
+ * from. The value is a word of its listener, with the second in which an established
+ * flow last had it, and a state and a tag of its own (hint.h).
+ */
+struct peer {
+	__u64 client[2]; /* as in detail */
+	__u32 id;
+	__u32 pad;
 };
 
 enum confirm {
@@ -275,6 +302,7 @@ _Static_assert(sizeof(struct listener) == 104, "listener is part of the pinned A
 _Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
 _Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
 _Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");
+_Static_assert(sizeof(struct peer) == 24, "peer is part of the pinned ABI");
 _Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
 _Static_assert(sizeof(struct reader) == 16, "reader is part of the pinned ABI");
 _Static_assert(sizeof(struct report) == 48, "report is part of the pinned ABI");

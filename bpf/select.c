@@ -30,6 +30,7 @@ const volatile __u64 prefix4[2]; /* AFFINITY_CLIENT: masks of the address, as it
 const volatile __u64 prefix6[2];
 const volatile __u32 key_offset; /* AFFINITY_BYTES: from the transport header on */
 const volatile __u32 key_length = 1;
+const volatile __u32 first_packets = FIRST_ANY;
 const volatile __u32 clock_mult = 1; /* 2^32 / CONFIG_HZ */
 const volatile __u32 timer = 1;	     /* 0: this kernel has no bpf_timer */
 
@@ -180,6 +181,14 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } turns SEC(".maps");
+
+/* Where clients are: the kernel's own least recently used go first. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct peer);
+	__type(value, __u64);
+} peers SEC(".maps");
 
 #define COUNT(field)                                                                               \
 	({                                                                                         \
@@ -348,6 +357,8 @@ ALWAYS_INLINE int unsettled(int waiting)
 
 #include "policy.h"
 
+#include "hint.h"
+
 ALWAYS_INLINE int fallback(void)
 {
 	COUNT(fallback);
@@ -379,15 +390,16 @@ ALWAYS_INLINE int scatter(struct sk_reuseport_md *ctx, const struct config *cfg,
 }
 
 /* describe writes what people will want to know, into the row of the claimed entry. */
-ALWAYS_INLINE void describe(__u32 row, const __u64 client[2], __u32 port, __u32 now)
+ALWAYS_INLINE void describe(__u32 row, const __u64 client[2], __u32 port, __u32 now, __u32 hint)
 {
+	__u64 since = (now - hint) & SECOND_MASK;
 	struct detail *d = bpf_map_lookup_elem(&details, &row);
 
 	if (!d)
 		return;
 	d->client[0] = client[0];
 	d->client[1] = client[1];
-	d->history = (__u64)port << HISTORY_PORT_SHIFT | (__u64)now << HISTORY_SINCE_SHIFT | now;
+	d->history = (__u64)port << HISTORY_PORT_SHIFT | since << HISTORY_SINCE_SHIFT | now;
 }
 
 /* describe_move notes since when the flow has its present listener. */
@@ -400,9 +412,9 @@ ALWAYS_INLINE void describe_move(__u32 row, __u32 now)
 	__u64 h = READ_ONCE(d->history);
 	__u64 since = (__u64)SECOND_MASK << HISTORY_SINCE_SHIFT;
 
-	/* Never the second in which it was created, or nobody could tell that it moved. */
-	if (now == (h & SECOND_MASK))
-		now = (now + 1) & SECOND_MASK;
+	/* Never before the next second, or nobody could tell that it moved (enum hint). */
+	if (age(now, h & SECOND_MASK) < 1)
+		now = (h + 1) & SECOND_MASK;
 	exchange(&d->history, h, (h & ~since) | (__u64)now << HISTORY_SINCE_SHIFT);
 }
 
@@ -454,12 +466,16 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 {
 	struct choice c = {};
 	__u64 client[2];
+	int hint = HINT_NONE;
 
 	if (!client_of(ctx, client)) {
 		COUNT(parse_error);
 		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
 	}
-	if (!pick_new(ctx, cfg, pick_hash(ctx, identity), waiting, &c))
+	if (first_packets == FIRST_OPENVPN)
+		hint = take_hint(ctx, cfg, waiting, now, &c);
+	if (hint != HINT_FLOAT &&
+	    !pick_new(ctx, cfg, pick_hash(ctx, identity), hint ? unsettled(waiting) : waiting, &c))
 		return fallback();
 
 	struct insertion in = {
@@ -481,7 +497,7 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		report(now, in.evicted ? REPORT_EVICT : REPORT_EXPIRE, row, in.over, 0);
 	}
 	if (result == INSERT_CLAIMED) {
-		describe(row, client, port, now);
+		describe(row, client, port, now, hint);
 		result = insert_commit(first, second, &in);
 	}
 	if (result == INSERT_CLAIMED) {
@@ -499,9 +515,6 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		COUNT_SLOT(ctx, in.slot, hit);
 		return SK_PASS;
 	}
-	/* A follow that failed may have left another listener selected. */
-	if (result == INSERT_FOLLOW && !choose(ctx, c.slot, c.incarnation))
-		return fallback();
 	if (result == INSERT_FULL) {
 		int known = by_table(cfg);
 
@@ -510,6 +523,11 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		if (!known)
 			return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
 	}
+	if (hint)
+		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
+	/* A follow that failed may have left another listener selected. */
+	if (result == INSERT_FOLLOW && !choose(ctx, c.slot, c.incarnation))
+		return fallback();
 	COUNT_SLOT(ctx, c.slot, untracked);
 	return SK_PASS;
 }
@@ -588,6 +606,8 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 				if (word_state(word) == FLOW_NEW)
 					report(now, REPORT_ESTABLISHED, row, fresh, 0);
 				word = fresh;
+				if (first_packets == FIRST_OPENVPN)
+					note_peer(ctx, cfg, word, now);
 			}
 		}
 	}

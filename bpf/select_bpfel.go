@@ -45,7 +45,7 @@ type SelectConfig struct {
 	Serving    uint32
 	Joined     uint64
 	Ruled      uint32
-	Pad        uint32
+	First      uint32
 	Prefix4    uint32
 	Prefix6    uint32
 	Offset     uint32
@@ -110,6 +110,13 @@ type SelectLoad struct {
 	Recount uint32
 }
 
+type SelectPeer struct {
+	_      structs.HostLayout
+	Client [2]uint64
+	Id     uint32
+	Pad    uint32
+}
+
 type SelectPickPair struct {
 	_       structs.HostLayout
 	Entries [2]uint32
@@ -167,6 +174,7 @@ const (
 	SelectMapListeners    = "listeners"
 	SelectMapLive         = "live"
 	SelectMapLoads        = "loads"
+	SelectMapPeers        = "peers"
 	SelectMapPicks        = "picks"
 	SelectMapReader       = "reader"
 	SelectMapReports      = "reports"
@@ -180,6 +188,7 @@ const (
 	SelectVarAffinity     = "affinity"
 	SelectVarBuckets      = "buckets"
 	SelectVarClockMult    = "clock_mult"
+	SelectVarFirstPackets = "first_packets"
 	SelectVarKeyLength    = "key_length"
 	SelectVarKeyOffset    = "key_offset"
 	SelectVarPrefix4      = "prefix4"
@@ -245,6 +254,7 @@ type SelectMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	Live         *ebpf.MapSpec `ebpf:"live"`
 	Loads        *ebpf.MapSpec `ebpf:"loads"`
+	Peers        *ebpf.MapSpec `ebpf:"peers"`
 	Picks        *ebpf.MapSpec `ebpf:"picks"`
 	Reader       *ebpf.MapSpec `ebpf:"reader"`
 	Reports      *ebpf.MapSpec `ebpf:"reports"`
@@ -259,14 +269,15 @@ type SelectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SelectVariableSpecs struct {
-	Affinity  *ebpf.VariableSpec `ebpf:"affinity"`
-	Buckets   *ebpf.VariableSpec `ebpf:"buckets"`
-	ClockMult *ebpf.VariableSpec `ebpf:"clock_mult"`
-	KeyLength *ebpf.VariableSpec `ebpf:"key_length"`
-	KeyOffset *ebpf.VariableSpec `ebpf:"key_offset"`
-	Prefix4   *ebpf.VariableSpec `ebpf:"prefix4"`
-	Prefix6   *ebpf.VariableSpec `ebpf:"prefix6"`
-	Timer     *ebpf.VariableSpec `ebpf:"timer"`
+	Affinity     *ebpf.VariableSpec `ebpf:"affinity"`
+	Buckets      *ebpf.VariableSpec `ebpf:"buckets"`
+	ClockMult    *ebpf.VariableSpec `ebpf:"clock_mult"`
+	FirstPackets *ebpf.VariableSpec `ebpf:"first_packets"`
+	KeyLength    *ebpf.VariableSpec `ebpf:"key_length"`
+	KeyOffset    *ebpf.VariableSpec `ebpf:"key_offset"`
+	Prefix4      *ebpf.VariableSpec `ebpf:"prefix4"`
+	Prefix6      *ebpf.VariableSpec `ebpf:"prefix6"`
+	Timer        *ebpf.VariableSpec `ebpf:"timer"`
 }
 
 // SelectObjects contains all objects after they have been loaded into the kernel.
@@ -297,6 +308,7 @@ type SelectMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	Live         *ebpf.Map `ebpf:"live"`
 	Loads        *ebpf.Map `ebpf:"loads"`
+	Peers        *ebpf.Map `ebpf:"peers"`
 	Picks        *ebpf.Map `ebpf:"picks"`
 	Reader       *ebpf.Map `ebpf:"reader"`
 	Reports      *ebpf.Map `ebpf:"reports"`
@@ -317,6 +329,7 @@ func (m *SelectMaps) Close() error {
 		m.Listeners,
 		m.Live,
 		m.Loads,
+		m.Peers,
 		m.Picks,
 		m.Reader,
 		m.Reports,
@@ -332,14 +345,15 @@ func (m *SelectMaps) Close() error {
 //
 // It can be passed to LoadSelectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SelectVariables struct {
-	Affinity  *ebpf.Variable `ebpf:"affinity"`
-	Buckets   *ebpf.Variable `ebpf:"buckets"`
-	ClockMult *ebpf.Variable `ebpf:"clock_mult"`
-	KeyLength *ebpf.Variable `ebpf:"key_length"`
-	KeyOffset *ebpf.Variable `ebpf:"key_offset"`
-	Prefix4   *ebpf.Variable `ebpf:"prefix4"`
-	Prefix6   *ebpf.Variable `ebpf:"prefix6"`
-	Timer     *ebpf.Variable `ebpf:"timer"`
+	Affinity     *ebpf.Variable `ebpf:"affinity"`
+	Buckets      *ebpf.Variable `ebpf:"buckets"`
+	ClockMult    *ebpf.Variable `ebpf:"clock_mult"`
+	FirstPackets *ebpf.Variable `ebpf:"first_packets"`
+	KeyLength    *ebpf.Variable `ebpf:"key_length"`
+	KeyOffset    *ebpf.Variable `ebpf:"key_offset"`
+	Prefix4      *ebpf.Variable `ebpf:"prefix4"`
+	Prefix6      *ebpf.Variable `ebpf:"prefix6"`
+	Timer        *ebpf.Variable `ebpf:"timer"`
 }
 
 // SelectPrograms contains all programs after they have been loaded into the kernel.

@@ -235,5 +235,8 @@ func (s *state) checkFixed(key Key, o Options) error {
 	if given := o.ClientPrefix; given != (ClientPrefix{}) && given.full() != prefix.full() {
 		return fmt.Errorf("%s: client prefix %s: %w, with %d/%d: detach it, and attach it with that", key, given, ErrFixed, prefix.full().V4, prefix.full().V6)
 	}
+	if o.First != "" && o.First != firstOf(v) {
+		return fmt.Errorf("%s: first %s: %w, with none: detach it, and attach it with that", key, o.First, ErrFixed)
+	}
 	return nil
 }

@@ -2,6 +2,8 @@ package loader
 
 import (
 	"encoding/binary"
+	"fmt"
+	"net/netip"
 	"slices"
 	"sync/atomic"
 	"syscall"
@@ -282,3 +284,58 @@ func (g *Group) Load(slot int) int { return g.state.loads.Get(uint32(slot)) }
 
 // SetLoad makes it believe so.
 func (g *Group) SetLoad(slot int, flows uint32) { g.state.loads.Set(uint32(slot), flows) }
+
+// Peer is a client known by its number.
+type Peer struct {
+	Slot      int
+	Ambiguous bool // another listener has one with that number
+	Heard     int  // how many seconds ago the word was written
+}
+
+// Peers lists them, by address and number.
+func (g *Group) Peers() (map[string]Peer, error) {
+	list := map[string]Peer{}
+	now, err := g.state.now()
+	if err != nil {
+		return nil, err
+	}
+	err = g.eachPeer(func(p bpf.SelectPeer, w maps.Word) error {
+		var addr [16]byte
+		binary.NativeEndian.PutUint64(addr[:8], p.Client[0])
+		binary.NativeEndian.PutUint64(addr[8:], p.Client[1])
+		name := fmt.Sprintf("%s %d", netip.AddrFrom16(addr).Unmap(), p.Id)
+		list[name] = Peer{int(w.Slot()), w.State() == 2, int(maps.Age(now, w.Second()))}
+		return nil
+	})
+	return list, err
+}
+
+// AgePeers makes them have been heard of some seconds earlier.
+func (g *Group) AgePeers(seconds uint32) error {
+	return g.eachPeer(func(p bpf.SelectPeer, w maps.Word) error {
+		const second = 0xffffff << 16
+		aged := uint64(w)&^second | uint64(w.Second()-seconds)<<16&second
+		return g.state.Peers.Update(p, aged, ebpf.UpdateExist)
+	})
+}
+
+func (g *Group) eachPeer(f func(bpf.SelectPeer, maps.Word) error) error {
+	var p bpf.SelectPeer
+	var w uint64
+	all := map[bpf.SelectPeer]maps.Word{}
+	entries := g.state.Peers.Iterate()
+	for entries.Next(&p, &w) {
+		all[p] = maps.Word(w)
+	}
+	for p, w := range all {
+		if err := f(p, w); err != nil {
+			return err
+		}
+	}
+	return entries.Err()
+}
+
+// HadRoom makes the program forget that flows found no room.
+func (g *Group) HadRoom() error {
+	return g.state.House.Update(uint32(0), bpf.SelectHouse{}, ebpf.UpdateExist)
+}

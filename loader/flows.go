@@ -36,6 +36,10 @@ type Flow struct {
 	Earlier bool
 	// Rehomed tells that the flow once had a listener that died.
 	Rehomed bool
+	// First tells that the flow's first packet said that it is new, while the
+	// group settled: the policy gave it a listener at once. Floated tells that it
+	// followed the flow that its client had before (Options.First).
+	First, Floated bool
 	// Hash is the kernel's own hash of the flow's addresses and ports. It is
 	// known with AffinityFlow alone, else 0.
 	Hash uint32
@@ -109,9 +113,11 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 		Age:      age(now, e.Created),
 		Idle:     age(now, e.Word.Second()),
 		Since:    age(now, e.Since),
-		Settling: !earlier && maps.Age(v.Settled, e.Created) > 0,
+		Settling: !earlier && e.Hint == maps.NoHint && maps.Age(v.Settled, e.Created) > 0,
 		Earlier:  earlier,
 		Rehomed:  e.Since != e.Created,
+		First:    e.Hint == maps.HintFirst,
+		Floated:  e.Hint == maps.HintFloat,
 		Hash:     hash,
 		clients:  prefix.of(e.Client.Addr()),
 	}
@@ -216,6 +222,9 @@ func (g *Group) flush(match func(Flow) bool) (n int, err error) {
 		return 0, err
 	}
 	defer flows.Close()
+	if err := g.forgetPeers(flows, now, orphan, match); err != nil {
+		return 0, err
+	}
 	const tries = 3
 	for range tries {
 		missed := false
@@ -234,6 +243,21 @@ func (g *Group) flush(match func(Flow) bool) (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// forgetPeers forgets by which number clients are known whose flows are about to be
+// forgotten, or these would go back where they were.
+func (g *Group) forgetPeers(flows *maps.Flows, now uint32, orphan func(maps.Word) bool, match func(Flow) bool) error {
+	if firstOf(g.state.config.Values()) == "" {
+		return nil
+	}
+	of := map[netip.Addr]bool{}
+	for e := range flows.All(now, g.state.config.Limits()) {
+		if match == nil || match(g.flow(e, now, orphan)) {
+			of[e.Client.Addr()] = true
+		}
+	}
+	return maps.ForgetPeers(g.state.Peers, func(client netip.Addr) bool { return match == nil || of[client] })
 }
 
 // Forecast is what taking the program off would do.

@@ -200,6 +200,9 @@ type Options struct {
 	// ClientPrefix says how many bits of an address count with AffinityClient,
 	// and goes with no other affinity. Fixed while attached.
 	ClientPrefix ClientPrefix
+	// First is the protocol by whose packets a flow's first one may say where it
+	// belongs. It goes with UDP and AffinityFlow. Fixed while attached.
+	First First
 	// Policy says who gets new flows: PolicyHash by default. On a group that is
 	// attached the zero Policy changes nothing. No tracked flow moves.
 	Policy Policy
@@ -254,6 +257,9 @@ func (o Options) withDefaults() (Options, error) {
 		return o, fmt.Errorf("policy %d: use one of %s", o.Policy, strings.Join(Policies(), ", "))
 	}
 	if err := o.checkAffinity(); err != nil {
+		return o, err
+	}
+	if err := o.First.Check(UDP, o.Affinity); err != nil {
 		return o, err
 	}
 	if o.Flows < MinFlows || o.Flows > MaxFlows {

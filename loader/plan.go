@@ -87,6 +87,9 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if err := o.Affinity.CheckProto(key.Proto); err != nil {
 		return Plan{}, fmt.Errorf("%s: %w", key, err)
 	}
+	if err := o.First.Check(key.Proto, o.Affinity); err != nil {
+		return Plan{}, fmt.Errorf("%s: %w", key, err)
+	}
 	s, err := fs.open(key)
 	if errors.Is(err, ErrNotAttached) {
 		return makePlan(key, conn, nil, o)

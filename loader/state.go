@@ -46,6 +46,7 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 		bpf.SelectMapPicks: &m.Picks, bpf.SelectMapSlotCounters: &m.SlotCounters,
 		bpf.SelectMapSlots: &m.Slots, bpf.SelectMapSocks: &m.Socks,
 		bpf.SelectMapReader: &m.Reader, bpf.SelectMapReports: &m.Reports,
+		bpf.SelectMapPeers: &m.Peers,
 	}
 }
 
@@ -53,7 +54,7 @@ const programPin = "prog"
 
 // laterMaps are those that layout 1 did not have.
 var laterMaps = []string{bpf.SelectMapHouse, bpf.SelectMapLoads, bpf.SelectMapRows, bpf.SelectMapTurns,
-	bpf.SelectMapReader, bpf.SelectMapReports}
+	bpf.SelectMapReader, bpf.SelectMapReports, bpf.SelectMapPeers}
 
 // close gives back the descriptors.
 func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close()) }
@@ -172,7 +173,7 @@ func settledAt(now uint32, d time.Duration) uint32 {
 // constants are what is fixed when a program is loaded.
 type constants struct {
 	flows, clockMult, pickPairs uint32
-	affinity                    *bpf.SelectConfig // what it says of that
+	fixed                       *bpf.SelectConfig // what it says of the affinity, and of first packets
 }
 
 // setOwner changes the owner, if the options say so.
@@ -213,6 +214,10 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 	return s, nil
 }
 
+// maxPeers is how many clients' numbers are kept at most: of 96 bytes each, the least
+// recently used give way.
+const maxPeers = 1 << 16
+
 // udpHeader is how many bytes come before the payload.
 const udpHeader = 8
 
@@ -223,17 +228,18 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 		return nil, err
 	}
 	buckets := maps.BucketsFor(int(c.flows))
-	_, prefix := affinityOf(c.affinity)
+	_, prefix := affinityOf(c.fixed)
 	mask4, mask6 := prefix.masks()
 	for name, value := range map[string]any{
-		bpf.SelectVarBuckets:   buckets,
-		bpf.SelectVarAffinity:  c.affinity.Affinity,
-		bpf.SelectVarPrefix4:   mask4,
-		bpf.SelectVarPrefix6:   mask6,
-		bpf.SelectVarKeyOffset: udpHeader + c.affinity.Offset,
-		bpf.SelectVarKeyLength: max(1, c.affinity.Length),
-		bpf.SelectVarClockMult: c.clockMult,
-		bpf.SelectVarTimer:     timer(),
+		bpf.SelectVarBuckets:      buckets,
+		bpf.SelectVarAffinity:     c.fixed.Affinity,
+		bpf.SelectVarPrefix4:      mask4,
+		bpf.SelectVarPrefix6:      mask6,
+		bpf.SelectVarKeyOffset:    udpHeader + c.fixed.Offset,
+		bpf.SelectVarKeyLength:    max(1, c.fixed.Length),
+		bpf.SelectVarFirstPackets: c.fixed.First,
+		bpf.SelectVarClockMult:    c.clockMult,
+		bpf.SelectVarTimer:        timer(),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
@@ -242,6 +248,9 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 	spec.Maps[bpf.SelectMapFlows].MaxEntries = buckets
 	spec.Maps[bpf.SelectMapDetails].MaxEntries = buckets * maps.BucketSize
 	spec.Maps[bpf.SelectMapPicks].MaxEntries = c.pickPairs
+	if c.fixed.First != maps.FirstAny {
+		spec.Maps[bpf.SelectMapPeers].MaxEntries = min(c.flows, maxPeers)
+	}
 	cpus, err := ebpf.PossibleCPU()
 	if err != nil {
 		return nil, err
@@ -262,6 +271,7 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	}
 	var config bpf.SelectConfig
 	setAffinity(&config, key.Proto, o)
+	config.First = o.First.number()
 	s, err := load(constants{uint32(o.Flows), mult, maps.PickPairs(members), &config}, nil)
 	if err != nil {
 		return nil, err

@@ -63,6 +63,7 @@ type Status struct {
 	Policy, Confirm string
 	Affinity        Affinity
 	ClientPrefix    ClientPrefix
+	First           First
 	Idle, IdleNew   time.Duration
 	// Owner is the user whose processes may register through the agent; nil:
 	// nobody.
@@ -117,6 +118,7 @@ func (g *Group) status() (Status, error) {
 	}
 	status.Age = age(now, v.Attached)
 	status.Affinity, status.ClientPrefix = affinityOf(v)
+	status.First = firstOf(v)
 	limits := s.config.Limits()
 	status.Idle = time.Duration(limits.Established) * time.Second
 	status.IdleNew = time.Duration(limits.New) * time.Second

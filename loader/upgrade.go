@@ -204,6 +204,10 @@ func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, mad
 	}
 	if capacity != int(config.Capacity) {
 		anew = append(anew, bpf.SelectMapConfig, bpf.SelectMapFlows, bpf.SelectMapDetails)
+		if p.Peers != nil && p.Peers.MaxEntries() != spec.Maps[bpf.SelectMapPeers].MaxEntries {
+			// What it held comes back with each client's next data packet or so.
+			anew = append(anew, bpf.SelectMapPeers)
+		}
 	}
 	keep := map[string]*ebpf.Map{}
 	for name, m := range p.maps() {

@@ -11,7 +11,7 @@ import (
 // ABI is the version of the pinned layout, RPSEL_ABI in bpf/rpsel.h.
 const ABI = 2
 
-// Policies, affinities and ways of confirmation, as in bpf/rpsel.h.
+// Policies, affinities and the like, as in bpf/rpsel.h.
 const (
 	PolicyHash     = 0 // by the pick table
 	PolicyNewest   = 1 // by the pick table, which names the newest generation only
@@ -24,6 +24,8 @@ const (
 	AffinityClient = 2 // client address, or a prefix of it
 	AffinityBytes  = 3 // bytes of the payload
 	ConfirmClient  = 0 // by the client's next packet
+	FirstAny       = 0 // a flow's first packet says nothing of where it belongs
+	FirstOpenVPN   = 1 // one of OpenVPN may
 )
 
 // KeyBytes is how many bytes of a payload can be an identity (KEY_BYTES in

@@ -35,8 +35,10 @@ type Entry struct {
 	// Created and Since are seconds of the group's clock: when the flow was
 	// first seen, and when its present listener got it.
 	Created, Since uint32
-	place          *bpf.SelectBucket
-	index          int
+	// Hint is how it got its first listener, if it still has that.
+	Hint  Hint
+	place *bpf.SelectBucket
+	index int
 }
 
 // Limits are the seconds that flows may be silent, by state.
@@ -139,15 +141,44 @@ func (f *Flows) entry(bucket, i int, w Word) (Entry, bool) {
 	if Word(atomic.LoadUint64(&place.Flows[i].Word)) != w {
 		return Entry{}, false
 	}
+	created, since, hint := lifeOf(history)
 	return Entry{
 		Identity: identity,
 		Word:     w,
 		Client:   clientOf(high, low, uint16(history>>(2*secondBits))),
-		Created:  uint32(history) & secondMask,
-		Since:    uint32(history>>secondBits) & secondMask,
+		Created:  created,
+		Since:    since,
+		Hint:     hint,
 		place:    place,
 		index:    i,
 	}, true
+}
+
+// Hint is what the first packet of a flow said of where it belongs (enum hint in
+// bpf/rpsel.h).
+type Hint uint8
+
+// The hints.
+const (
+	NoHint    Hint = iota
+	HintFirst      // that it is new, while the group settled
+	HintFloat      // who it is of: it followed the flow its client had at another port
+)
+
+// lifeOf takes the seconds out of a history (struct detail in bpf/rpsel.h). A hint
+// is written as a second before that in which the flow was created.
+func lifeOf(history uint64) (created, since uint32, hint Hint) {
+	created = uint32(history) & secondMask
+	since = uint32(history>>secondBits) & secondMask
+	if before := Age(created, since); before == int32(HintFirst) || before == int32(HintFloat) {
+		return created, created, Hint(before)
+	}
+	return created, since, NoHint
+}
+
+// life is what lifeOf takes apart.
+func life(created, since uint32, hint Hint) uint64 {
+	return uint64((since-uint32(hint))&secondMask)<<secondBits | uint64(created)
 }
 
 // clientOf makes an address of what the program notes (struct detail in bpf/rpsel.h).
@@ -207,7 +238,7 @@ func (f *Flows) Place(e Entry) bool {
 	address := e.Client.Addr().As16()
 	f.details.values[bucket*BucketSize+at] = bpf.SelectDetail{
 		Client:  [2]uint64{binary.NativeEndian.Uint64(address[:8]), binary.NativeEndian.Uint64(address[8:])},
-		History: uint64(e.Client.Port())<<(2*secondBits) | uint64(e.Since)<<secondBits | uint64(e.Created),
+		History: uint64(e.Client.Port())<<(2*secondBits) | life(e.Created, e.Since, e.Hint),
 	}
 	place := &f.buckets.values[bucket].Flows[at]
 	place.Identity, place.Word = e.Identity, uint64(e.Word)

@@ -38,11 +38,39 @@ func randomEntry(random *rand.Rand) Entry {
 	if hash&1 == 0 {
 		addr = netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 14: byte(hash), 15: byte(hash >> 8)})
 	}
-	return Entry{
+	e := Entry{
 		Identity: identity,
 		Word:     MakeWord(random.Uint32N(Slots), random.Uint32N(1024), New+State(hash>>31), 1000, uint32(identity)),
 		Client:   netip.AddrPortFrom(addr, port),
 		Created:  900 + hash%50, Since: 950 + hash%50,
+	}
+	if e.Hint = Hint(hash % 3); e.Hint != NoHint {
+		e.Since = e.Created
+	}
+	return e
+}
+
+// A hint is a second before the first one, also where the clock wraps; nothing else
+// is taken for one.
+func TestLife(t *testing.T) {
+	for _, c := range []struct {
+		created, since uint32
+		hint           Hint
+		history        uint64
+	}{
+		{1000, 1000, NoHint, 1000<<24 | 1000},
+		{1000, 1000, HintFirst, 999<<24 | 1000},
+		{1000, 1000, HintFloat, 998<<24 | 1000},
+		{1, 1, HintFloat, 0xffffff<<24 | 1},
+		{0, 0, HintFirst, 0xffffff << 24},
+		{1000, 1001, NoHint, 1001<<24 | 1000}, // rehomed
+		{0xffffff, 0, NoHint, 0xffffff},       // rehomed, and wrapped
+		{1000, 997, NoHint, 997<<24 | 1000},
+	} {
+		created, since, hint := lifeOf(c.history | 1194<<48)
+		if created != c.created || since != c.since || hint != c.hint || life(created, since, hint) != c.history {
+			t.Errorf("%#x: created %d, since %d, hint %d, and back %#x, want %+v", c.history, created, since, hint, life(created, since, hint), c)
+		}
 	}
 }
 

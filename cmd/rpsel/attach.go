@@ -49,6 +49,13 @@ tracked. TCP knows none, which is the default, and client: connections are given
 out when they are opened. What is not "flow" is not what the kernel goes by: then
 the attach moves flows, with N listeners all but one in N, and so does the detach.
 
+With --first openvpn a flow's first packet is looked into, for UDP and affinity flow.
+One that opens a session is new beyond doubt: while the group settles, its flow goes
+by the policy at once, to who has just joined as well. A data packet whose client
+has been heard of from another port (a NAT that gave it another one), by its address
+and peer-id, goes to the listener it had, unless those are also another listener's
+client's. So an OpenVPN client floats as if there were one server.
+
 With --owner, processes of the servers' user may register their own sockets
 through "rpsel agent", without a capability; "--owner none" takes that back.
 
@@ -62,6 +69,7 @@ attached before it are detached again.`,
   rpsel attach --port 1194 --policy least
   rpsel attach --port 1194 --generation new
   rpsel attach --port 5300 --affinity client --client-prefix 24/56
+  rpsel attach --port 1194 --first openvpn
   rpsel attach --port 4433 --owner nobody`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -72,6 +80,9 @@ attached before it are detached again.`,
 				return usageError("--client-prefix %s: it goes with --affinity client", a.options.ClientPrefix)
 			}
 			if err := a.options.Affinity.CheckProto(a.protocol()); err != nil {
+				return usageError("--%v", err)
+			}
+			if err := a.options.First.Check(a.protocol(), a.options.Affinity); err != nil {
 				return usageError("--%v", err)
 			}
 			switch {
@@ -111,6 +122,9 @@ attached before it are detached again.`,
 	flags.Var((*clientPrefixValue)(&a.options.ClientPrefix), "client-prefix",
 		"with --affinity client: bits of IPv4 and IPv6 addresses that count (default 32/128)")
 	complete(cmd, "affinity", "flow", "client", "bytes:", "none")
+	flags.Var((*firstValue)(&a.options.First), "first",
+		"the protocol by whose packets a flow's first one may say that it is new, or whose it is")
+	complete(cmd, "first", string(loader.FirstOpenVPN))
 	flags.Var((*policyValue)(&a.options.Policy), "policy",
 		fmt.Sprintf("who gets new flows (default %s at the first attach)", loader.PolicyHash))
 	flags.Var((*generationValue)(&a.options.NewGeneration), "generation", "of processes that join: by the rule above, or another one")

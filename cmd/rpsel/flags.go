@@ -257,6 +257,13 @@ func (p *clientPrefixValue) Set(text string) error {
 func (p *clientPrefixValue) String() string { return loader.ClientPrefix(*p).String() }
 func (p *clientPrefixValue) Type() string   { return "V4/V6" }
 
+// firstValue is a flag that takes a protocol.
+type firstValue loader.First
+
+func (f *firstValue) Set(text string) error { return (*loader.First)(f).UnmarshalText([]byte(text)) }
+func (f *firstValue) String() string        { return string(*f) }
+func (f *firstValue) Type() string          { return "openvpn" }
+
 // generationValue is a flag that takes auto or new, which is true.
 type generationValue bool
 

@@ -106,7 +106,7 @@ each, on a line of its own.`,
 func printFlowCount(e *env, groups []*loader.Group, filter flowFilter) error {
 	total := 0
 	if filter.client.IsValid() || filter.pid != 0 {
-		err := eachFlow(groups, filter, func(int, loader.Flow, int) { total++ })
+		err := eachFlow(groups, filter, func(int, loader.Flow, int, string) { total++ })
 		if err != nil {
 			return err
 		}
@@ -134,9 +134,9 @@ func printFlowCount(e *env, groups []*loader.Group, filter flowFilter) error {
 	return err
 }
 
-// eachFlow calls f for the flows the filter chooses, with the number of their group
-// and the process of their listener.
-func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow loader.Flow, pid int)) error {
+// eachFlow calls f for the flows the filter chooses, with the number of their group,
+// the process of their listener and the rule by which they have it.
+func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow loader.Flow, pid int, rule string)) error {
 	list, err := statuses(groups)
 	if err != nil {
 		return err
@@ -154,7 +154,7 @@ func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow 
 				return err
 			}
 			if pid := pidOf(flow, &listeners[flow.Slot]); filter.match(flow, pid) {
-				f(i, flow, pid)
+				f(i, flow, pid, ruleOf(flow, list[i].Policy))
 			}
 		}
 	}
@@ -163,8 +163,9 @@ func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow 
 
 // flowList is a list of flows that may be millions, so that each is small.
 type flowList struct {
-	keys []loader.Key
-	rows []flowRow
+	keys  []loader.Key
+	rules []string
+	rows  []flowRow
 }
 
 type flowRow struct {
@@ -173,6 +174,7 @@ type flowRow struct {
 	age, idle int32  // seconds
 	port      uint16
 	group     uint16
+	rule      uint8 // of the list's
 	state     maps.State
 	is6       bool
 }
@@ -203,13 +205,18 @@ func (r *flowRow) before(o *flowRow) bool {
 	}
 }
 
-func (l *flowList) add(group int, f loader.Flow, pid int) {
+func (l *flowList) add(group int, f loader.Flow, pid int, rule string) {
+	number := slices.Index(l.rules, rule)
+	if number < 0 {
+		number = len(l.rules)
+		l.rules = append(l.rules, rule)
+	}
 	addr := f.Client.Addr().As16()
 	l.rows = append(l.rows, flowRow{
 		high: binary.BigEndian.Uint64(addr[:8]), low: binary.BigEndian.Uint64(addr[8:]),
 		port: f.Client.Port(), is6: f.Client.Addr().Is6(), slot: int32(f.Slot), pid: int32(pid),
 		age: int32(f.Age / time.Second), idle: int32(f.Idle / time.Second),
-		group: uint16(group), state: f.State,
+		group: uint16(group), rule: uint8(number), state: f.State,
 	})
 }
 
@@ -290,7 +297,9 @@ func (l *flowList) writeLines(e *env) error {
 		line = strconv.AppendInt(line, int64(r.age), 10)
 		line = append(line, `,"idle_seconds":`...)
 		line = strconv.AppendInt(line, int64(r.idle), 10)
-		line = append(line, "}\n"...)
+		line = append(line, `,"rule":"`...)
+		line = append(line, l.rules[r.rule]...)
+		line = append(line, "\"}\n"...)
 		if _, err := w.Write(line); err != nil {
 			return err
 		}

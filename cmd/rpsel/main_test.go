@@ -79,6 +79,10 @@ func TestUsage(t *testing.T) {
 		{"attach --port 1 --affinity bytes:-1,4", `--affinity "bytes:-1,4": use flow, client`},
 		{"attach --port 1 --proto tcp --affinity bytes:0,4", `--affinity bytes:0,4: for TCP use client or none`},
 		{"attach --port 1 --proto tcp --affinity flow", `--affinity flow: for TCP use client or none`},
+		{"attach --port 1 --first quic", `--first "quic": use openvpn`},
+		{"attach --port 1 --first openvpn --proto tcp", "--first openvpn: it goes with UDP"},
+		{"attach --port 1 --first openvpn --affinity client", "--first openvpn: it goes with affinity flow: with client all ports of an address have one listener anyway"},
+		{"attach --port 1 --first openvpn --affinity bytes:0,4", "--first openvpn: it goes with affinity flow"},
 		{"attach --port 1 --client-prefix 24/56", `--client-prefix 24/56: it goes with --affinity client`},
 		{"attach --port 1 --affinity client --client-prefix 24", `--client-prefix "24": use two numbers of bits`},
 		{"attach --port 1 --affinity client --client-prefix 0/56", `--client-prefix "0/56": use two numbers of bits`},
@@ -276,7 +280,7 @@ func TestStatusJSON(t *testing.T) {
 		`"counters":{"runs":0,"hit":0,"new":0,"rehomed":310,"untracked":0,"fallback":0,"migrated":0,"parse_error":0,"table_full":0,"evicted":0},` +
 		`"unregistered":[{"pid":4800,"command":"openvpn","reason":"not registered yet: \"rpsel attach\" registers it"}],` +
 		`"listeners":[{"slot":0,"pid":4711,"command":"openvpn","cookie":801,"generation":3,"state":"active","weight":1,` +
-		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","owner":null,"warnings":[]}]}` + "\n"
+		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","first":"","owner":null,"warnings":[]}]}` + "\n"
 	if diff := cmp.Diff(want, got.String()); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
@@ -304,13 +308,33 @@ func TestStatusTalk(t *testing.T) {
 func TestFlowLines(t *testing.T) {
 	var got bytes.Buffer
 	list := flowList{keys: []loader.Key{{Proto: loader.UDP, Addr: netip.MustParseAddrPort("0.0.0.0:1194")}}}
-	list.add(0, loader.Flow{Client: netip.MustParseAddrPort("10.0.0.1:40001"), State: 3, Age: 12 * time.Second}, 4711)
+	list.add(0, loader.Flow{Client: netip.MustParseAddrPort("10.0.0.1:40001"), State: 3, Age: 12 * time.Second}, 4711, ruleTable)
 	if err := list.writeLines(&env{out: &got}); err != nil {
 		t.Fatal(err)
 	}
-	want := `{"proto":"udp","local":"0.0.0.0:1194","client":"10.0.0.1:40001","slot":0,"pid":4711,"state":"established","age_seconds":12,"idle_seconds":0}` + "\n"
+	want := `{"proto":"udp","local":"0.0.0.0:1194","client":"10.0.0.1:40001","slot":0,"pid":4711,"state":"established","age_seconds":12,"idle_seconds":0,"rule":"table"}` + "\n"
 	if diff := cmp.Diff(want, got.String()); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+// What a flow is known to have come by counts before what its time would say.
+func TestRuleOf(t *testing.T) {
+	for _, c := range []struct {
+		flow       loader.Flow
+		rule, says string
+	}{
+		{loader.Flow{First: true}, "first", "it said that the flow is new"},
+		{loader.Flow{First: true, Earlier: true}, "first", "it said that the flow is new"},
+		{loader.Flow{Floated: true, Earlier: true}, "float", "same address and peer-id"},
+		{loader.Flow{Floated: true, Rehomed: true}, "rehomed", "died"},
+		{loader.Flow{Earlier: true, Settling: true}, "earlier", "not known"},
+		{loader.Flow{Settling: true}, "kernel", "left where it was"},
+		{loader.Flow{}, "least", "policy least"},
+	} {
+		if got := ruleOf(c.flow, "least"); got != c.rule || !strings.Contains(explainRule(got), c.says) {
+			t.Errorf("%+v: rule %s: %s, want %s", c.flow, got, explainRule(got), c.rule)
+		}
 	}
 }
 

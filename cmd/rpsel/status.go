@@ -111,6 +111,9 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if prefix := status.ClientPrefix.String(); prefix != "" {
 		affinity += " " + prefix
 	}
+	if status.First != "" {
+		affinity += "  first " + string(status.First)
+	}
 	title := fmt.Sprintf("%s  policy %s  affinity %s  flows %d/%d  rehomed %d  fallback %d",
 		s.groupName(status.Key), status.Policy, affinity, status.Tracked, status.Capacity,
 		status.Counters.Rehomed, status.Counters.Fallback)
@@ -198,6 +201,7 @@ type groupStatusJSON struct {
 	Unregistered    []unregisteredJSON `json:"unregistered"`
 	Listeners       []listenerJSON     `json:"listeners"`
 	ClientPrefix    string             `json:"client_prefix"` // "": the whole address
+	First           string             `json:"first"`         // "": nothing is read of first packets
 	Owner           *uint32            `json:"owner"`         // null: nobody
 	Warnings        []string           `json:"warnings"`
 }
@@ -258,6 +262,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 			Counters:     countersJSON(status.Counters),
 			Unregistered: []unregisteredJSON{},
 			Listeners:    []listenerJSON{},
+			First:        string(status.First),
 			Owner:        status.Owner,
 			Warnings:     warnings(status),
 			ClientPrefix: status.ClientPrefix.String(),

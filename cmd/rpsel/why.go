@@ -26,6 +26,9 @@ The rules are:
   kernel   first seen while the group settled: left where the kernel's hash had it
   table    a new flow: given out by the pick table (policy hash)
   newest   a new flow: given to the newest generation of its time (policy newest)
+  first    its first packet said that it is new, while the group settled: given
+           out by the policy at once (--first openvpn)
+  float    it followed a flow of the same address and peer-id (--first openvpn)
   rehomed  the listener it had died: given to another one
   earlier  first seen before the policy was changed, or the group last told to
            settle: which of the others is not known`,
@@ -100,6 +103,8 @@ type answer struct {
 const (
 	ruleKernel  = "kernel"
 	ruleTable   = "table"
+	ruleFirst   = "first"
+	ruleFloat   = "float"
 	ruleRehomed = "rehomed"
 	ruleEarlier = "earlier"
 )
@@ -110,6 +115,10 @@ func ruleOf(f loader.Flow, policy string) string {
 	switch {
 	case f.Rehomed:
 		return ruleRehomed
+	case f.First:
+		return ruleFirst
+	case f.Floated:
+		return ruleFloat
 	case f.Earlier:
 		return ruleEarlier
 	case f.Settling:
@@ -128,6 +137,10 @@ func explainRule(rule string) string {
 		return "kernel's own order: first seen while the group settled, so left where it was"
 	case ruleTable:
 		return "pick table: a new flow after the group had settled"
+	case ruleFirst:
+		return "first packet: it said that the flow is new, so that the policy gave it out although the group settled"
+	case ruleFloat:
+		return "float: followed a flow of the same address and peer-id"
 	case ruleRehomed:
 		return "rehomed: the listener it had before died"
 	case ruleEarlier:
@@ -145,8 +158,8 @@ func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answ
 		one := []*loader.Group{g}
 		var rows []answer
 		filter := flowFilter{client: netip.PrefixFrom(addr, addr.BitLen()), slot: -1}
-		err := eachFlow(one, filter, func(_ int, f loader.Flow, pid int) {
-			rows = append(rows, answer{Flow: f, proto: g.Key().Proto, pid: pid, plainSlot: -1})
+		err := eachFlow(one, filter, func(_ int, f loader.Flow, pid int, rule string) {
+			rows = append(rows, answer{Flow: f, proto: g.Key().Proto, pid: pid, rule: rule, plainSlot: -1})
 		})
 		if err != nil {
 			return nil, err
@@ -162,7 +175,6 @@ func explainClient(groups []*loader.Group, addr netip.Addr, port uint16) ([]answ
 				continue
 			}
 			a := row
-			a.rule = ruleOf(row.Flow, list[0].Policy)
 			a.listener, _ = listenerIn(list[0], row.Slot)
 			a.plain, a.plainOK, err = g.Where(row.Flow)
 			if a.plainUnknown = errors.Is(err, loader.ErrHashUnknown); err != nil && !a.plainUnknown {

@@ -112,6 +112,7 @@ type entry struct {
 	Policy       *string `toml:"policy"`
 	Affinity     *string `toml:"affinity"`
 	ClientPrefix *string `toml:"client-prefix"`
+	First        *string `toml:"first"`
 	Owner        *string `toml:"owner"`
 	Force        bool    `toml:"force"`
 }
@@ -132,6 +133,7 @@ var allowed = map[string]string{
 	"policy":        "use " + quoted(loader.Policies()),
 	"affinity":      fmt.Sprintf(`use "flow", "client", "bytes:OFFSET,LENGTH" (up to %d and 1 to %d) or "none"; of TCP "client" or "none"`, loader.MaxAffinityOffset, loader.MaxAffinityLength),
 	"client-prefix": `use two numbers of bits, such as "24/56", with affinity = "client"`,
+	"first":         `use "openvpn", with UDP and affinity = "flow"`,
 	"owner":         `use a user's name or number, or "none"`,
 	"force":         "use true or false",
 }
@@ -288,6 +290,10 @@ func (e entry) service(at place) (s Service, err error) {
 	if e.ClientPrefix != nil && (s.Options.ClientPrefix.UnmarshalText([]byte(*e.ClientPrefix)) != nil ||
 		s.Options.Affinity != loader.AffinityClient) {
 		wrong("client-prefix")
+	}
+	if e.First != nil && (s.Options.First.UnmarshalText([]byte(*e.First)) != nil ||
+		s.Options.First.Check(s.Proto, s.Options.Affinity) != nil) {
+		wrong("first")
 	}
 	if e.Owner != nil {
 		uid, parseErr := owner.Parse(*e.Owner)

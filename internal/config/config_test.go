@@ -51,6 +51,10 @@ client-prefix = "24/56"
 [[service]]
 port     = 53
 affinity = "bytes:00,4"
+
+[[service]]
+port     = 443
+first    = "openvpn"
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -64,6 +68,7 @@ affinity = "bytes:00,4"
 				Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 56}},
 		},
 		{Line: 23, Proto: sockets.UDP, Port: 53, Options: loader.Options{Affinity: loader.AffinityBytes(0, 4)}},
+		{Line: 27, Proto: sockets.UDP, Port: 443, Options: loader.Options{First: loader.FirstOpenVPN}},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -110,6 +115,9 @@ func TestLoadInvalid(t *testing.T) {
 		{"[[service]]\nport = 1\nproto = \"tcp\"\naffinity = \"bytes:0,4\"", `4: affinity: use `},
 		{"[[service]]\nport = 1\naffinity = \"client\"\nclient-prefix = 24", `4: client-prefix: use two numbers of bits, such as "24/56", with affinity = "client"`},
 		{"[[service]]\nport = 1\nclient-prefix = \"24/56\"", `3: client-prefix: use two numbers`},
+		{"[[service]]\nport = 1\nfirst = \"quic\"", `3: first: use "openvpn", with UDP and affinity = "flow"`},
+		{"[[service]]\nport = 1\nproto = \"tcp\"\nfirst = \"openvpn\"", `4: first: use `},
+		{"[[service]]\nport = 1\naffinity = \"client\"\nfirst = \"openvpn\"", `4: first: use `},
 		{"[[service]]\nport = 1\nowner = \"no such user\"", "3: owner: use a user's name or number, or \"none\""},
 		{"[[service]]\nport = 1\nforce = 1", "3: force: use true or false"},
 		{"[[service]]\nport = 1\nadopt = 1", "3: adopt: use true or false"},

@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,13 +31,15 @@ type vpn struct {
 	pki     *pki
 	servers *testnet.NetNS
 	options map[int]string // further lines of a server's configuration
+	natted  bool           // clients come through a NAT each
 	clients []*client
 }
 
 // client is an OpenVPN client. Its name is that of its device, too.
 type client struct {
 	*daemon
-	first int // the server it got at first
+	first int  // the server it got at first
+	nat   *nat // what it comes through, or nil
 }
 
 // newVPN makes the two namespaces and starts probing.
@@ -128,7 +131,14 @@ func (v *vpn) connect(n int) []*client {
 	v.t.Helper()
 	var started []*client
 	for range n {
-		name := fmt.Sprint("c", len(v.clients)+len(started)+1)
+		number := len(v.clients) + len(started) + 1
+		name := fmt.Sprint("c", number)
+		c := &client{}
+		remote := netip.AddrPortFrom(v.servers.IPv4, vpnPort)
+		if v.natted {
+			c.nat = newNAT(v.t, v.ns, number, remote)
+			remote = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(c.nat.port()))
+		}
 		config := v.config(name, fmt.Sprintf(`
 client
 proto udp
@@ -139,8 +149,9 @@ dev %s
 connect-retry 1 2
 setenv opt disable-dco
 verb 3
-`, v.servers.IPv4, vpnPort, name)+v.pki.client(v.t, name))
-		started = append(started, &client{daemon: startDaemon(v.t, v.ns, name, v.openvpn, "--config", config)})
+`, remote.Addr(), remote.Port(), name)+v.pki.client(v.t, name))
+		c.daemon = startDaemon(v.t, v.ns, name, v.openvpn, "--config", config)
+		started = append(started, c)
 	}
 	for _, c := range started {
 		c.await(v.t, vpnUp)
