@@ -102,6 +102,23 @@ struct bpf_prog {
 	struct bpf_prog_aux *aux;
 };
 
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup {
+	int level;
+	struct kernfs_node *kn;
+};
+
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+};
+
+struct sock_cgroup_data___old { /* before 5.15 */
+	__u64 val;
+};
+
 struct sock;
 
 struct sock_reuseport {
@@ -127,6 +144,7 @@ struct sock {
 	__u32 sk_ack_backlog;
 	kuid_t sk_uid;
 	void *sk_user_data;
+	struct sock_cgroup_data sk_cgrp_data;
 	struct sock_reuseport *sk_reuseport_cb;
 };
 
@@ -188,6 +206,7 @@ struct record {
 	__u64 member; /* address of the sock that is in the group */
 	__u64 group;  /* address of its sock_reuseport, or 0 */
 	__u64 netns_cookie;
+	__u64 cgroup; /* id in the cgroup2 hierarchy; 0 if that is its root, or none */
 	__u32 netns_inum;
 	__u32 first_member; /* index into the map "members" */
 	__u32 num_members;
@@ -211,7 +230,7 @@ struct record {
 	__u8 comm[16];
 };
 
-_Static_assert(sizeof(struct record) == 144, "struct record has no padding");
+_Static_assert(sizeof(struct record) == 152, "struct record has no padding");
 
 struct member {
 	__u64 sk;
@@ -337,6 +356,28 @@ static __always_inline __u32 drops_of(struct sock *sk)
 	return BPF_CORE_READ(sk, sk_drops.counter);
 }
 
+/* As sock_cgroup_ptr() in include/linux/cgroup.h. */
+static __always_inline __u64 cgroup_of(struct sock *sk)
+{
+	struct cgroup *cgroup = NULL;
+
+	if (!bpf_core_field_exists(sk->sk_cgrp_data))
+		return 0;
+	if (bpf_core_field_exists(sk->sk_cgrp_data.cgroup)) {
+		cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
+	} else {
+		struct sock_cgroup_data___old *data = (void *)&sk->sk_cgrp_data;
+		__u64 val = BPF_CORE_READ(data, val);
+
+		/* With marks of net_cls or net_prio it counts as the root's. */
+		if (!(val & 3))
+			cgroup = (void *)val;
+	}
+	if (!cgroup || !BPF_CORE_READ(cgroup, level))
+		return 0;
+	return BPF_CORE_READ(cgroup, kn, id);
+}
+
 SEC("iter/task_file")
 int rpsel_find(struct bpf_iter__task_file *ctx)
 {
@@ -413,6 +454,7 @@ int rpsel_find(struct bpf_iter__task_file *ctx)
 	}
 	if (BPF_CORE_READ_BITFIELD_PROBED(&sk->__sk_common, skc_reuseport))
 		r.flags |= FLAG_REUSEPORT;
+	r.cgroup = cgroup_of(sk);
 	r.drops = drops_of(sk);
 	if (r.protocol == IPPROTO_UDP) {
 		struct udp_sock *up = (struct udp_sock *)sk;

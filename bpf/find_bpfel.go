@@ -33,6 +33,7 @@ type FindRecord struct {
 	Member      uint64
 	Group       uint64
 	NetnsCookie uint64
+	Cgroup      uint64
 	NetnsInum   uint32
 	FirstMember uint32
 	NumMembers  uint32

@@ -413,6 +413,22 @@ ALWAYS_INLINE __u64 refreshed(__u64 word, __u32 now)
 			 word_tag(word));
 }
 
+/* heard is refreshed where the client alone confirms nothing. */
+ALWAYS_INLINE __u64 heard(__u64 word, __u32 now)
+{
+	if (age(now, word_second(word)) < 1)
+		return word;
+	return make_word(word_slot(word), word_incarnation(word), word_state(word), now,
+			 word_tag(word));
+}
+
+/* answered is the word of a flow that the server has confirmed. Its second stays the client's. */
+ALWAYS_INLINE __u64 answered(__u64 word)
+{
+	return make_word(word_slot(word), word_incarnation(word), FLOW_ESTABLISHED,
+			 word_second(word), word_tag(word));
+}
+
 /* expired reports whether a flow was silent for longer than its state allows. */
 ALWAYS_INLINE int expired(__u64 word, __u32 now, __u32 idle, __u32 idle_new)
 {

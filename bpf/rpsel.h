@@ -23,7 +23,7 @@
 enum flow_state {
 	FLOW_EMPTY = 0,
 	FLOW_BUSY = 1,	      /* being inserted, by the CPU that marked it and nobody else */
-	FLOW_NEW = 2,	      /* seen once: may be overwritten by another new flow */
+	FLOW_NEW = 2,	      /* not confirmed: may be overwritten by another new flow */
 	FLOW_ESTABLISHED = 3, /* confirmed: goes only when idle, flushed or orphaned */
 };
 
@@ -176,7 +176,7 @@ struct config {
 	__u32 prefix6;	 /* client: bits of an IPv6 address that count */
 	__u32 offset;	 /* bytes: where in the payload */
 	__u32 length;	 /* bytes: how many, 1 to KEY_BYTES */
-	struct keys key; /* client and bytes */
+	struct keys key; /* client, bytes, and with confirm reply flow */
 };
 
 #define FROZEN 0x80000000u
@@ -237,6 +237,7 @@ struct peer {
 
 enum confirm {
 	CONFIRM_CLIENT = 0, /* the client's next packet, at least a second later */
+	CONFIRM_REPLY = 1,  /* the server's answer; UDP, affinity FLOW or CLIENT */
 };
 
 /*
@@ -295,10 +296,11 @@ struct listener {
 	__u32 died;		   /* second in which it was found dead */
 	__u32 dead;		   /* 1: died is set */
 	__u64 started;		   /* when that process started, as in /proc/PID/stat; 0: unknown */
+	__u64 cgroup;		   /* of its socket, where replies are looked for; 0: nowhere */
 	__u8 command[16];
 };
 
-_Static_assert(sizeof(struct listener) == 104, "listener is part of the pinned ABI");
+_Static_assert(sizeof(struct listener) == 112, "listener is part of the pinned ABI");
 _Static_assert(sizeof(struct flow) == 16, "flow is part of the pinned ABI");
 _Static_assert(sizeof(struct bucket) == 128, "a bucket is two cache lines");
 _Static_assert(sizeof(struct detail) == 24, "detail is part of the pinned ABI");

@@ -15,6 +15,7 @@
  */
 #include <linux/bpf.h>
 #include <linux/in.h>
+#include <linux/in6.h>
 #include <bpf/bpf_helpers.h>
 
 #include "flow.h"
@@ -26,6 +27,7 @@
 /* Fixed when the program is loaded. */
 const volatile __u32 buckets = 2;
 const volatile __u32 affinity = AFFINITY_FLOW;
+const volatile __u32 confirm = CONFIRM_CLIENT;
 const volatile __u64 prefix4[2]; /* AFFINITY_CLIENT: masks of the address, as it is in a detail */
 const volatile __u64 prefix6[2];
 const volatile __u32 key_offset; /* AFFINITY_BYTES: from the transport header on */
@@ -244,38 +246,59 @@ ALWAYS_INLINE int frozen(const struct config *cfg, __u32 now)
 	return since && lasted >= 0 && lasted < RPSEL_FREEZE_SECONDS;
 }
 
+/* mask_client leaves of an address what counts. */
+ALWAYS_INLINE void mask_client(__u64 client[2], int v6)
+{
+	if (affinity != AFFINITY_CLIENT)
+		return;
+	client[0] &= v6 ? prefix6[0] : prefix4[0];
+	client[1] &= v6 ? prefix6[1] : prefix4[1];
+}
+
 /* client_of reads the client's address, as far as it counts. */
 ALWAYS_INLINE int client_of(struct sk_reuseport_md *ctx, __u64 client[2])
 {
 	if (!client_address(ctx, ctx->eth_protocol, client))
 		return 0;
-	if (affinity == AFFINITY_CLIENT) {
-		int v6 = ctx->eth_protocol == bpf_htons(ETH_P_IPV6);
-
-		client[0] &= v6 ? prefix6[0] : prefix4[0];
-		client[1] &= v6 ? prefix6[1] : prefix4[1];
-	}
+	mask_client(client, ctx->eth_protocol == bpf_htons(ETH_P_IPV6));
 	return 1;
+}
+
+union client_key {
+	__u64 client[2];
+	__u32 words[KEY_WORDS];
+};
+
+#define CLIENT_WORDS 4 /* and then the port */
+
+/*
+ * client_identity names a client by what can be read of its packets and of the
+ * answers alike. The local address is left out: a server on a wildcard may
+ * answer from another one, and two flows that meet so have one listener.
+ */
+ALWAYS_INLINE __u64 client_identity(const struct config *cfg, union client_key *key, __u32 port)
+{
+	if (affinity == AFFINITY_CLIENT)
+		return keyed_identity(&cfg->key, key->words, CLIENT_WORDS);
+	key->words[CLIENT_WORDS] = port;
+	return keyed_identity(&cfg->key, key->words, KEY_WORDS);
 }
 
 /* identify names the client of a packet, by what counts as the same one. */
 ALWAYS_INLINE int identify(struct sk_reuseport_md *ctx, const struct config *cfg, __u64 *identity,
 			   __u32 *port)
 {
-	union {
-		__u64 client[2];
-		__u32 words[KEY_WORDS];
-	} key = {};
+	union client_key key = {};
 
 	*port = 0;
-	if (affinity == AFFINITY_CLIENT) {
+	if (affinity != AFFINITY_CLIENT && !client_port(ctx, ctx->data, ctx->data_end, port))
+		return 0;
+	if (affinity == AFFINITY_CLIENT || confirm == CONFIRM_REPLY) {
 		if (!client_of(ctx, key.client))
 			return 0;
-		*identity = keyed_identity(&cfg->key, key.words, sizeof(key.client) / 4);
+		*identity = client_identity(cfg, &key, *port);
 		return 1;
 	}
-	if (!client_port(ctx, ctx->data, ctx->data_end, port))
-		return 0;
 	if (affinity == AFFINITY_BYTES &&
 	    !bpf_skb_load_bytes(ctx, key_offset, key.words, key_length)) {
 		*identity = keyed_identity(&cfg->key, key.words, KEY_WORDS);
@@ -599,11 +622,12 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		if (expired(word, now, cfg->idle, cfg->idle_new))
 			goto forgotten;
 		if (!frozen(cfg, now)) {
-			__u64 fresh = refreshed(word, now);
+			__u64 fresh =
+				confirm == CONFIRM_REPLY ? heard(word, now) : refreshed(word, now);
 
 			/* Losing this exchange is no loss: somebody else wrote news. */
 			if (fresh != word && exchange(&f->word, word, fresh)) {
-				if (word_state(word) == FLOW_NEW)
+				if (word_state(word) != word_state(fresh))
 					report(now, REPORT_ESTABLISHED, row, fresh, 0);
 				word = fresh;
 				if (first_packets == FIRST_OPENVPN)
@@ -634,6 +658,8 @@ unknown:
 	}
 	return admit(ctx, cfg, first, second, identity, port, now, waiting);
 }
+
+#include "reply.h"
 
 /* rpsel_clock tells user space, by BPF_PROG_TEST_RUN, which second it is. */
 SEC("socket")

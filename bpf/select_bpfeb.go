@@ -96,6 +96,7 @@ type SelectListener struct {
 	Died       uint32
 	Dead       uint32
 	Started    uint64
+	Cgroup     uint64
 	Command    [16]uint8
 }
 
@@ -166,34 +167,41 @@ type SelectSlotCounters struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	SelectMapConfig       = "config"
-	SelectMapCounters     = "counters"
-	SelectMapDetails      = "details"
-	SelectMapFlows        = "flows"
-	SelectMapHouse        = "house"
-	SelectMapListeners    = "listeners"
-	SelectMapLive         = "live"
-	SelectMapLoads        = "loads"
-	SelectMapPeers        = "peers"
-	SelectMapPicks        = "picks"
-	SelectMapReader       = "reader"
-	SelectMapReports      = "reports"
-	SelectMapRows         = "rows"
-	SelectMapSlotCounters = "slot_counters"
-	SelectMapSlots        = "slots"
-	SelectMapSocks        = "socks"
-	SelectMapTurns        = "turns"
-	SelectProgRpselClock  = "rpsel_clock"
-	SelectProgRpselSelect = "rpsel_select"
-	SelectVarAffinity     = "affinity"
-	SelectVarBuckets      = "buckets"
-	SelectVarClockMult    = "clock_mult"
-	SelectVarFirstPackets = "first_packets"
-	SelectVarKeyLength    = "key_length"
-	SelectVarKeyOffset    = "key_offset"
-	SelectVarPrefix4      = "prefix4"
-	SelectVarPrefix6      = "prefix6"
-	SelectVarTimer        = "timer"
+	SelectMapConfig        = "config"
+	SelectMapCounters      = "counters"
+	SelectMapDetails       = "details"
+	SelectMapFlows         = "flows"
+	SelectMapHouse         = "house"
+	SelectMapListeners     = "listeners"
+	SelectMapLive          = "live"
+	SelectMapLoads         = "loads"
+	SelectMapPeers         = "peers"
+	SelectMapPicks         = "picks"
+	SelectMapReader        = "reader"
+	SelectMapReports       = "reports"
+	SelectMapRows          = "rows"
+	SelectMapSlotCounters  = "slot_counters"
+	SelectMapSlots         = "slots"
+	SelectMapSocks         = "socks"
+	SelectMapTurns         = "turns"
+	SelectProgRpselClock   = "rpsel_clock"
+	SelectProgRpselReply   = "rpsel_reply"
+	SelectProgRpselSelect  = "rpsel_select"
+	SelectVarAffinity      = "affinity"
+	SelectVarBuckets       = "buckets"
+	SelectVarClockMult     = "clock_mult"
+	SelectVarConfirm       = "confirm"
+	SelectVarFirstPackets  = "first_packets"
+	SelectVarKeyLength     = "key_length"
+	SelectVarKeyOffset     = "key_offset"
+	SelectVarPrefix4       = "prefix4"
+	SelectVarPrefix6       = "prefix6"
+	SelectVarServerAddress = "server_address"
+	SelectVarServerDevice  = "server_device"
+	SelectVarServerFamily  = "server_family"
+	SelectVarServerNetns   = "server_netns"
+	SelectVarServerPort    = "server_port"
+	SelectVarTimer         = "timer"
 )
 
 // LoadSelect returns the embedded CollectionSpec for Select.
@@ -239,6 +247,7 @@ type SelectSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SelectProgramSpecs struct {
 	RpselClock  *ebpf.ProgramSpec `ebpf:"rpsel_clock"`
+	RpselReply  *ebpf.ProgramSpec `ebpf:"rpsel_reply"`
 	RpselSelect *ebpf.ProgramSpec `ebpf:"rpsel_select"`
 }
 
@@ -269,15 +278,21 @@ type SelectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SelectVariableSpecs struct {
-	Affinity     *ebpf.VariableSpec `ebpf:"affinity"`
-	Buckets      *ebpf.VariableSpec `ebpf:"buckets"`
-	ClockMult    *ebpf.VariableSpec `ebpf:"clock_mult"`
-	FirstPackets *ebpf.VariableSpec `ebpf:"first_packets"`
-	KeyLength    *ebpf.VariableSpec `ebpf:"key_length"`
-	KeyOffset    *ebpf.VariableSpec `ebpf:"key_offset"`
-	Prefix4      *ebpf.VariableSpec `ebpf:"prefix4"`
-	Prefix6      *ebpf.VariableSpec `ebpf:"prefix6"`
-	Timer        *ebpf.VariableSpec `ebpf:"timer"`
+	Affinity      *ebpf.VariableSpec `ebpf:"affinity"`
+	Buckets       *ebpf.VariableSpec `ebpf:"buckets"`
+	ClockMult     *ebpf.VariableSpec `ebpf:"clock_mult"`
+	Confirm       *ebpf.VariableSpec `ebpf:"confirm"`
+	FirstPackets  *ebpf.VariableSpec `ebpf:"first_packets"`
+	KeyLength     *ebpf.VariableSpec `ebpf:"key_length"`
+	KeyOffset     *ebpf.VariableSpec `ebpf:"key_offset"`
+	Prefix4       *ebpf.VariableSpec `ebpf:"prefix4"`
+	Prefix6       *ebpf.VariableSpec `ebpf:"prefix6"`
+	ServerAddress *ebpf.VariableSpec `ebpf:"server_address"`
+	ServerDevice  *ebpf.VariableSpec `ebpf:"server_device"`
+	ServerFamily  *ebpf.VariableSpec `ebpf:"server_family"`
+	ServerNetns   *ebpf.VariableSpec `ebpf:"server_netns"`
+	ServerPort    *ebpf.VariableSpec `ebpf:"server_port"`
+	Timer         *ebpf.VariableSpec `ebpf:"timer"`
 }
 
 // SelectObjects contains all objects after they have been loaded into the kernel.
@@ -345,15 +360,21 @@ func (m *SelectMaps) Close() error {
 //
 // It can be passed to LoadSelectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SelectVariables struct {
-	Affinity     *ebpf.Variable `ebpf:"affinity"`
-	Buckets      *ebpf.Variable `ebpf:"buckets"`
-	ClockMult    *ebpf.Variable `ebpf:"clock_mult"`
-	FirstPackets *ebpf.Variable `ebpf:"first_packets"`
-	KeyLength    *ebpf.Variable `ebpf:"key_length"`
-	KeyOffset    *ebpf.Variable `ebpf:"key_offset"`
-	Prefix4      *ebpf.Variable `ebpf:"prefix4"`
-	Prefix6      *ebpf.Variable `ebpf:"prefix6"`
-	Timer        *ebpf.Variable `ebpf:"timer"`
+	Affinity      *ebpf.Variable `ebpf:"affinity"`
+	Buckets       *ebpf.Variable `ebpf:"buckets"`
+	ClockMult     *ebpf.Variable `ebpf:"clock_mult"`
+	Confirm       *ebpf.Variable `ebpf:"confirm"`
+	FirstPackets  *ebpf.Variable `ebpf:"first_packets"`
+	KeyLength     *ebpf.Variable `ebpf:"key_length"`
+	KeyOffset     *ebpf.Variable `ebpf:"key_offset"`
+	Prefix4       *ebpf.Variable `ebpf:"prefix4"`
+	Prefix6       *ebpf.Variable `ebpf:"prefix6"`
+	ServerAddress *ebpf.Variable `ebpf:"server_address"`
+	ServerDevice  *ebpf.Variable `ebpf:"server_device"`
+	ServerFamily  *ebpf.Variable `ebpf:"server_family"`
+	ServerNetns   *ebpf.Variable `ebpf:"server_netns"`
+	ServerPort    *ebpf.Variable `ebpf:"server_port"`
+	Timer         *ebpf.Variable `ebpf:"timer"`
 }
 
 // SelectPrograms contains all programs after they have been loaded into the kernel.
@@ -361,12 +382,14 @@ type SelectVariables struct {
 // It can be passed to LoadSelectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SelectPrograms struct {
 	RpselClock  *ebpf.Program `ebpf:"rpsel_clock"`
+	RpselReply  *ebpf.Program `ebpf:"rpsel_reply"`
 	RpselSelect *ebpf.Program `ebpf:"rpsel_select"`
 }
 
 func (p *SelectPrograms) Close() error {
 	return _SelectClose(
 		p.RpselClock,
+		p.RpselReply,
 		p.RpselSelect,
 	)
 }

@@ -238,5 +238,8 @@ func (s *state) checkFixed(key Key, o Options) error {
 	if o.First != "" && o.First != firstOf(v) {
 		return fmt.Errorf("%s: first %s: %w, with none: detach it, and attach it with that", key, o.First, ErrFixed)
 	}
+	if confirm := confirmOf(v); o.Confirm != "" && o.Confirm != confirm {
+		return fmt.Errorf("%s: confirm %s: %w, with %s: detach it, and attach it with that", key, o.Confirm, ErrFixed, confirm)
+	}
 	return nil
 }

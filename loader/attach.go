@@ -167,7 +167,7 @@ func (g *Group) attachAgain(conn syscall.Conn, given, o Options) error {
 	if err != nil {
 		return err
 	}
-	if _, err := g.state.repair(now); err != nil {
+	if _, err := g.repair(now); err != nil {
 		return err
 	}
 	p, err := makePlan(g.key, conn, g.state, o)

@@ -339,3 +339,13 @@ func (g *Group) eachPeer(f func(bpf.SelectPeer, maps.Word) error) error {
 func (g *Group) HadRoom() error {
 	return g.state.House.Update(uint32(0), bpf.SelectHouse{}, ebpf.UpdateExist)
 }
+
+// ReplyID is the number of the program that sees the replies.
+func (g *Group) ReplyID() (uint32, error) {
+	info, err := g.state.RpselReply.Info()
+	if err != nil {
+		return 0, err
+	}
+	id, _ := info.ID()
+	return uint32(id), nil
+}

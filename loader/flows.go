@@ -41,7 +41,7 @@ type Flow struct {
 	// followed the flow that its client had before (Options.First).
 	First, Floated bool
 	// Hash is the kernel's own hash of the flow's addresses and ports. It is
-	// known with AffinityFlow alone, else 0.
+	// known with AffinityFlow and ConfirmClient alone, else 0.
 	Hash uint32
 
 	clients netip.Prefix // whose packets these are
@@ -52,8 +52,8 @@ type Flow struct {
 func (f Flow) From(p netip.Prefix) bool { return f.clients.Overlaps(p) }
 
 // ErrHashUnknown: where the kernel's hash would send a flow is only known with
-// AffinityFlow.
-var ErrHashUnknown = errors.New("the kernel's hash of a flow is known with affinity flow alone")
+// AffinityFlow and ConfirmClient.
+var ErrHashUnknown = errors.New("the kernel's hash of a flow is known with affinity flow and confirm client alone")
 
 // Flows yields the tracked flows that have not expired, in no particular order.
 // Flows that come or go meanwhile may be missing or not.
@@ -97,10 +97,10 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 	v := g.state.config.Values()
 	var hash uint32
 	var prefix ClientPrefix
-	switch v.Affinity {
-	case maps.AffinityFlow:
+	if hashKnown(v) {
 		hash, _ = maps.HashOf(e.Identity)
-	case maps.AffinityClient:
+	}
+	if v.Affinity == maps.AffinityClient {
 		_, prefix = affinityOf(v)
 	}
 	earlier := maps.Age(v.Ruled, e.Created) > 0
@@ -284,7 +284,7 @@ func (g *Group) DetachForecast() (Forecast, error) {
 	if err != nil {
 		return f, err
 	}
-	if g.state.config.Values().Affinity != maps.AffinityFlow {
+	if !hashKnown(g.state.config.Values()) {
 		f.Flows, _, err = g.CountFlows()
 		if f.Flows > 0 {
 			f.Move = -1
@@ -312,7 +312,7 @@ func (g *Group) DetachForecast() (Forecast, error) {
 //
 // Errors: ErrHashUnknown.
 func (g *Group) Where(f Flow) (sockets.Socket, bool, error) {
-	if g.state.config.Values().Affinity != maps.AffinityFlow {
+	if !hashKnown(g.state.config.Values()) {
 		return sockets.Socket{}, false, ErrHashUnknown
 	}
 	order, err := g.kernelOrder()

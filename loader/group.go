@@ -149,7 +149,7 @@ func (g *Group) repaired(f func(now uint32, found findings) error) error {
 		if err != nil {
 			return err
 		}
-		found, err := g.state.repair(now)
+		found, err := g.repair(now)
 		if err != nil {
 			return fmt.Errorf("%s: %w", g.key, err)
 		}
@@ -252,7 +252,7 @@ func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
 			}
 			at, ok := registered[cookies[i]]
 			if !ok {
-				if at, answers[i].Err = g.state.seat(members[i], conn, now, r); answers[i].Err != nil {
+				if at, answers[i].Err = g.seat(members[i], conn, now, r); answers[i].Err != nil {
 					continue
 				}
 				registered[cookies[i]] = at
@@ -295,13 +295,13 @@ func (g *Group) member(own []sockets.Group, conn syscall.Conn, cookie uint64) (s
 			break
 		}
 		m := live.Members[i]
-		if err := m.Check(); err != nil {
-			return m, fmt.Errorf("%s: %w: %w", g.key, ErrUnregistrable, err)
-		}
 		if borrowed, ok := conn.(interface{ Holder() (sockets.Holder, bool) }); ok {
 			if h, ok := borrowed.Holder(); ok {
 				m.Holders = []sockets.Holder{h}
 			}
+		}
+		if err := confirmOf(g.state.config.Values()).check(m); err != nil {
+			return m, fmt.Errorf("%s: %w: %w", g.key, ErrUnregistrable, err)
 		}
 		return m, nil
 	}
@@ -412,7 +412,7 @@ func (g *Group) seatAll(members []sockets.Socket, now uint32) error {
 			return err
 		}
 		// Kept open, it would keep a dead server's socket in the group.
-		slot, err := g.state.seat(m, conn, now, r)
+		slot, err := g.seat(m, conn, now, r)
 		conn.Close()
 		if err != nil {
 			return err

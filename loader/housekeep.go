@@ -50,7 +50,7 @@ func (g *Group) Housekeep() (Housekept, error) {
 	if err != nil {
 		return h, err
 	}
-	found, _, err := s.look(now)
+	found, err := current.look(now)
 	if err != nil {
 		return h, fmt.Errorf("%s: %w", g.key, err)
 	}

@@ -56,6 +56,8 @@ var (
 	ErrOwner = errors.New("the owner has to be the user of the group's sockets")
 	// ErrWatched: another process watches the group.
 	ErrWatched = errors.New("its events are read already")
+	// ErrRootCgroup: with ConfirmReply, a listener's socket is in the root cgroup.
+	ErrRootCgroup = errors.New("its socket is in the root cgroup")
 	// ErrFull: all slots of the group are taken.
 	ErrFull = errors.New("all slots are taken")
 )
@@ -185,7 +187,7 @@ type Options struct {
 	// Idle is how long an established flow may be silent before it is
 	// forgotten, one second to MaxIdle. Defaults to DefaultIdle.
 	Idle time.Duration
-	// IdleNew is the same for a flow of which one packet came. Defaults to
+	// IdleNew is the same for a flow that is not confirmed. Defaults to
 	// DefaultIdleNew.
 	IdleNew time.Duration
 	// Settle is how long after the attach flows that look new are left where
@@ -203,6 +205,9 @@ type Options struct {
 	// First is the protocol by whose packets a flow's first one may say where it
 	// belongs. It goes with UDP and AffinityFlow. Fixed while attached.
 	First First
+	// Confirm says what makes a new flow an established one. Fixed while
+	// attached. ConfirmReply is for UDP, and for AffinityFlow or AffinityClient.
+	Confirm Confirm
 	// Policy says who gets new flows: PolicyHash by default. On a group that is
 	// attached the zero Policy changes nothing. No tracked flow moves.
 	Policy Policy
@@ -260,6 +265,9 @@ func (o Options) withDefaults() (Options, error) {
 		return o, err
 	}
 	if err := o.First.Check(UDP, o.Affinity); err != nil {
+		return o, err
+	}
+	if err := o.checkConfirm(); err != nil {
 		return o, err
 	}
 	if o.Flows < MinFlows || o.Flows > MaxFlows {

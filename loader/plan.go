@@ -84,7 +84,7 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if err := o.CheckOwner(key); err != nil {
 		return Plan{}, err
 	}
-	if err := o.Affinity.CheckProto(key.Proto); err != nil {
+	if err := errors.Join(o.Affinity.CheckProto(key.Proto), o.Confirm.CheckProto(key.Proto)); err != nil {
 		return Plan{}, fmt.Errorf("%s: %w", key, err)
 	}
 	if err := o.First.Check(key.Proto, o.Affinity); err != nil {
@@ -162,6 +162,10 @@ func planOnce(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 		return p, fmt.Errorf("%s: %w (program id %d): %s, or take its place with --replace",
 			key, ErrForeignProgram, p.group.Program, owner)
 	}
+	confirm := o.Confirm
+	if s != nil {
+		confirm = confirmOf(s.config.Values())
+	}
 	for _, m := range p.group.Members {
 		if _, ok := registered[m.Cookie]; ok {
 			continue
@@ -170,7 +174,7 @@ func planOnce(key Key, conn syscall.Conn, s *state, o Options) (Plan, error) {
 		if foreign && m.UserData == sockets.UserDataArray {
 			free.UserData = sockets.UserDataFree // once that program is gone
 		}
-		if err := free.Check(); err != nil {
+		if err := confirm.check(free); err != nil {
 			p.Skipped = append(p.Skipped, Unregistered{m, err})
 		} else {
 			p.Register = append(p.Register, m)

@@ -74,11 +74,12 @@ type findings struct {
 	late   []uint32 // slots without the share, or rank, they are due
 	opened uint32   // a generation that a killed command did not note, or 0
 	stale  bool     // the pick table, or who may serve, is of a time that is over
+	links  strayed  // of ConfirmReply
 	moved  bool     // rows are to be made anew: with policy cpu, listeners run elsewhere
 }
 
 func (f findings) none() bool {
-	return len(f.freed)+len(f.died)+len(f.late) == 0 && f.opened == 0 && !f.stale
+	return len(f.freed)+len(f.died)+len(f.late) == 0 && f.opened == 0 && !f.stale && f.links.none()
 }
 
 // look finds what is to be repaired. It changes nothing, and needs no lock if
@@ -227,7 +228,7 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 		return 0, err
 	}
 	generation := s.generationOf(p, r, now, boot)
-	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: generation, Joined: now, Pid: p.pid, Started: p.started}
+	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: generation, Joined: now, Pid: p.pid, Started: p.started, Cgroup: m.Cgroup}
 	if len(m.Holders) > 0 {
 		record.Command = packCommand(m.Holders[0].Command)
 	}

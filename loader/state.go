@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	stdmaps "maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
@@ -24,15 +26,20 @@ import (
 
 // pinned is what a group's directory holds, of this layout or an older one.
 type pinned struct {
-	dir    os.FileInfo // the directory; its name may be another's by now
-	layout uint32
+	dir     os.FileInfo // the directory; its name may be another's by now
+	layout  uint32
+	replies bool // with a program that sees them
 	bpf.SelectPrograms
 	bpf.SelectMaps
 }
 
 // programs and maps name the file of each pin.
 func (p *pinned) programs() map[string]**ebpf.Program {
-	return map[string]**ebpf.Program{programPin: &p.RpselSelect, "clock": &p.RpselClock}
+	programs := map[string]**ebpf.Program{programPin: &p.RpselSelect, "clock": &p.RpselClock}
+	if p.replies {
+		programs[replyPin] = &p.RpselReply
+	}
+	return programs
 }
 
 func (p *pinned) maps() map[string]**ebpf.Map {
@@ -69,11 +76,18 @@ type state struct {
 	counters  *maps.Counters
 	loads     *maps.Loads
 	rows      *maps.Rows
-	programID func() (uint32, error) // of RpselSelect; asked once, for the answer takes long
+	links     map[uint64]*link.RawLink // to cgroups, as long as they are not pinned
+	programID func() (uint32, error)   // of RpselSelect; asked once, for the answer takes long
 }
 
 // close gives back memory and descriptors.
-func (s *state) close() error { return errors.Join(s.unview(), s.pinned.close()) }
+func (s *state) close() error {
+	var errs []error
+	for _, l := range s.links {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(append(errs, s.unview(), s.pinned.close())...)
+}
 
 // unview gives back the memory.
 func (s *state) unview() error {
@@ -172,8 +186,9 @@ func settledAt(now uint32, d time.Duration) uint32 {
 
 // constants are what is fixed when a program is loaded.
 type constants struct {
+	key                         Key
 	flows, clockMult, pickPairs uint32
-	fixed                       *bpf.SelectConfig // what it says of the affinity, and of first packets
+	fixed                       *bpf.SelectConfig // what it says of the affinity, of first packets and of confirmation
 }
 
 // setOwner changes the owner, if the options say so.
@@ -201,12 +216,16 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &state{pinned: pinned{layout: maps.ABI}}
+	s := &state{pinned: pinned{layout: maps.ABI, replies: confirmOf(c.fixed) == ConfirmReply}, links: map[uint64]*link.RawLink{}}
 	if err := spec.LoadAndAssign(&struct {
 		*bpf.SelectPrograms
 		*bpf.SelectMaps
 	}{&s.SelectPrograms, &s.SelectMaps}, &ebpf.CollectionOptions{MapReplacements: keep}); err != nil {
 		return nil, loadError(err)
+	}
+	if !s.replies {
+		s.RpselReply.Close()
+		s.RpselReply = nil
 	}
 	if err := s.view(); err != nil {
 		return nil, errors.Join(err, s.pinned.close())
@@ -230,8 +249,9 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 	buckets := maps.BucketsFor(int(c.flows))
 	_, prefix := affinityOf(c.fixed)
 	mask4, mask6 := prefix.masks()
-	for name, value := range map[string]any{
+	values := map[string]any{
 		bpf.SelectVarBuckets:      buckets,
+		bpf.SelectVarConfirm:      c.fixed.Confirm,
 		bpf.SelectVarAffinity:     c.fixed.Affinity,
 		bpf.SelectVarPrefix4:      mask4,
 		bpf.SelectVarPrefix6:      mask6,
@@ -240,7 +260,11 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 		bpf.SelectVarFirstPackets: c.fixed.First,
 		bpf.SelectVarClockMult:    c.clockMult,
 		bpf.SelectVarTimer:        timer(),
-	} {
+	}
+	if confirmOf(c.fixed) == ConfirmReply {
+		stdmaps.Copy(values, serverConstants(c.key))
+	}
+	for name, value := range values {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
@@ -272,7 +296,8 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	var config bpf.SelectConfig
 	setAffinity(&config, key.Proto, o)
 	config.First = o.First.number()
-	s, err := load(constants{uint32(o.Flows), mult, maps.PickPairs(members), &config}, nil)
+	config.Confirm = o.Confirm.number()
+	s, err := load(constants{key, uint32(o.Flows), mult, maps.PickPairs(members), &config}, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -289,7 +314,6 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	*c = config
 	c.Abi = maps.ABI
 	c.Policy = o.Policy.number()
-	c.Confirm = maps.ConfirmClient
 	c.Capacity = uint32(o.Flows)
 	c.Attached = now
 	c.ClockMult = mult
@@ -348,6 +372,14 @@ func (fs FS) pinAside(key Key, s *state) (_ string, err error) {
 		if err := pin(name, *m); err != nil {
 			return "", err
 		}
+	}
+	for id, l := range s.links {
+		if err := pinLink(l, filepath.Join(tmp, linkPin(id))); err != nil {
+			return "", err
+		}
+		fault.Point("link pinned aside")
+		delete(s.links, id)
+		l.Close()
 	}
 	s.dir, err = os.Stat(tmp)
 	return tmp, err
@@ -447,6 +479,8 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 			return nil, openError(key, name, err)
 		}
 	}
+	_, missing := os.Stat(filepath.Join(dir, replyPin))
+	p.replies = missing == nil
 	for name, program := range p.programs() {
 		if *program, err = ebpf.LoadPinnedProgram(filepath.Join(dir, name), nil); err != nil {
 			return nil, openError(key, name, err)
@@ -476,7 +510,13 @@ func (p *pinned) state(key Key) (*state, error) {
 		return nil, fmt.Errorf("%s: %w: its maps do not fit each other: detach it", key, ErrIncompatible)
 	}
 	s := &state{pinned: *p}
-	return s, s.view()
+	if err := s.view(); err != nil {
+		return nil, err
+	}
+	if confirmOf(s.config.Values()) == ConfirmReply && !s.replies {
+		return nil, errors.Join(openError(key, replyPin, os.ErrNotExist), s.unview())
+	}
+	return s, nil
 }
 
 func openError(key Key, name string, err error) error {

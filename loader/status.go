@@ -59,12 +59,13 @@ type Status struct {
 	Attached bool
 	// Age is how long ago the group's state was made, in whole seconds; half a year
 	// at most.
-	Age             time.Duration
-	Policy, Confirm string
-	Affinity        Affinity
-	ClientPrefix    ClientPrefix
-	First           First
-	Idle, IdleNew   time.Duration
+	Age           time.Duration
+	Policy        string
+	Confirm       Confirm
+	Affinity      Affinity
+	ClientPrefix  ClientPrefix
+	First         First
+	Idle, IdleNew time.Duration
 	// Owner is the user whose processes may register through the agent; nil:
 	// nobody.
 	Owner *uint32
@@ -107,7 +108,7 @@ func (g *Group) status() (Status, error) {
 		Key:          g.key,
 		Policy:       policyOf(s.policy()).String(),
 		Generation:   int(v.Generation),
-		Confirm:      "client",
+		Confirm:      confirmOf(v),
 		Capacity:     int(v.Capacity),
 		Listeners:    []Listener{},
 		Unregistered: []Unregistered{},
@@ -216,7 +217,7 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 
 	for _, m := range live.Members {
 		if _, left := members[m.Cookie]; left {
-			status.Unregistered = append(status.Unregistered, Unregistered{m, m.Check()})
+			status.Unregistered = append(status.Unregistered, Unregistered{m, confirmOf(s.config.Values()).check(m)})
 		}
 	}
 	return nil

@@ -96,7 +96,7 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	if u.Capacity != u.FromCapacity && u.Flows > u.Capacity {
 		return fmt.Errorf("flows %d: %w: %d are tracked: use at least as many", u.Capacity, ErrTooSmall, u.Flows)
 	}
-	s, made, err := old.successor(config, u.Capacity)
+	s, made, err := old.successor(u.Key, config, u.Capacity)
 	if err != nil {
 		return err
 	}
@@ -130,6 +130,9 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	tmp, err := fs.pinAside(u.Key, s)
 	if err != nil {
 		return err
+	}
+	if err := fs.keepLinks(u.Key, tmp); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
 	}
 	// From the attach on there is no way back: what is aside is in force.
 	committed := false
@@ -171,7 +174,8 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	}
 	committed = true
 	fault.Point("states exchanged")
-	return os.RemoveAll(tmp)
+	_, err = fs.tend(u.Key, s)
+	return errors.Join(err, os.RemoveAll(tmp))
 }
 
 // values reads the configuration as one of the present layout.
@@ -191,8 +195,8 @@ func (p *pinned) values() (bpf.SelectConfig, error) {
 // those anew that have another layout or size, with what they held; but for the
 // flows. It returns their names. Nothing of the older state changes. The map of
 // the timer is each program's own.
-func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, made []string, err error) {
-	c := constants{uint32(capacity), config.ClockMult, p.Picks.MaxEntries(), &config}
+func (p *pinned) successor(key Key, config bpf.SelectConfig, capacity int) (_ *state, made []string, err error) {
+	c := constants{key, uint32(capacity), config.ClockMult, p.Picks.MaxEntries(), &config}
 	spec, err := c.spec()
 	if err != nil {
 		return nil, nil, err
@@ -247,7 +251,10 @@ func (p *pinned) successor(config bpf.SelectConfig, capacity int) (_ *state, mad
 // samePrograms compares programs by the kernel's digest of their instructions,
 // which the maps and constants are no part of.
 func samePrograms(a, b *bpf.SelectPrograms) (bool, error) {
-	for _, pair := range [][2]*ebpf.Program{{a.RpselSelect, b.RpselSelect}, {a.RpselClock, b.RpselClock}} {
+	for _, pair := range [][2]*ebpf.Program{{a.RpselSelect, b.RpselSelect}, {a.RpselClock, b.RpselClock}, {a.RpselReply, b.RpselReply}} {
+		if pair[0] == nil && pair[1] == nil {
+			continue
+		}
 		one, err := pair[0].Info()
 		if err != nil {
 			return false, err

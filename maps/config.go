@@ -26,6 +26,7 @@ const (
 	ConfirmClient  = 0 // by the client's next packet
 	FirstAny       = 0 // a flow's first packet says nothing of where it belongs
 	FirstOpenVPN   = 1 // one of OpenVPN may
+	ConfirmReply   = 1 // by the server's answer
 )
 
 // KeyBytes is how many bytes of a payload can be an identity (KEY_BYTES in

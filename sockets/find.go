@@ -90,6 +90,9 @@ type Socket struct {
 	Connected netip.AddrPort
 	// MPTCP tells that the listener is an MPTCP socket.
 	MPTCP bool
+	// Cgroup is the id of the socket's cgroup in the cgroup2 hierarchy: that of
+	// the process that opened it, as it was then. It is 0 in the root cgroup.
+	Cgroup uint64
 	// Encap is not 0 if the kernel takes the datagrams out of the socket
 	// (UDP_ENCAP_* in include/uapi/linux/udp.h, 1 for WireGuard and VXLAN).
 	Encap uint8
@@ -495,6 +498,7 @@ func socketOf(held []bpf.FindRecord) Socket {
 		Inode:     r.Inode,
 		Reuseport: r.Group != 0 && r.Flags&flagReuseport != 0,
 		MPTCP:     r.Flags&flagMPTCP != 0,
+		Cgroup:    r.Cgroup,
 		Encap:     r.Encap,
 		UserData:  userData(r.UserData),
 		RxQueue:   r.RxQueue,

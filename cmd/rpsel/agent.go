@@ -40,8 +40,8 @@ they are named after the flags of "rpsel attach":
   proto = "udp"        # udp or tcp
   addr  = "0.0.0.0"    # one address, instead of every
   netns = "all"        # name, path, pid or all, instead of the agent's own
-  idle  = "5m"         # and policy, flows, idle-new, settle, adopt, partial,
-                       # replace, affinity, client-prefix, first, owner
+  idle  = "5m"         # and policy, affinity, client-prefix, first, confirm,
+                       # flows, idle-new, settle, adopt, partial, replace, owner
   force = true         # pin programs for BPFProgram= of systemd
 
 SIGHUP makes the agent read it again; with a wrong one all stays as it was. What

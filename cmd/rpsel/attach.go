@@ -56,6 +56,14 @@ has been heard of from another port (a NAT that gave it another one), by its add
 and peer-id, goes to the listener it had, unless those are also another listener's
 client's. So an OpenVPN client floats as if there were one server.
 
+When the table is full new flows give way to newer ones, established flows do not.
+A flow is established by the client's next packet, at least a second after its
+first, and with --confirm reply by the server's answer. That is for servers that
+answer nobody who has not proved himself, such as OpenVPN with tls-crypt; where
+everybody is answered, so is who forges his address. It takes a server outside of
+the root cgroup, as "rpsel run" and systemd start them, and UDP with affinity flow
+or client.
+
 With --owner, processes of the servers' user may register their own sockets
 through "rpsel agent", without a capability; "--owner none" takes that back.
 
@@ -70,6 +78,7 @@ attached before it are detached again.`,
   rpsel attach --port 1194 --generation new
   rpsel attach --port 5300 --affinity client --client-prefix 24/56
   rpsel attach --port 1194 --first openvpn
+  rpsel attach --port 1194 --confirm reply
   rpsel attach --port 4433 --owner nobody`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -83,6 +92,9 @@ attached before it are detached again.`,
 				return usageError("--%v", err)
 			}
 			if err := a.options.First.Check(a.protocol(), a.options.Affinity); err != nil {
+				return usageError("--%v", err)
+			}
+			if err := errors.Join(a.options.Confirm.CheckProto(a.protocol()), a.options.Confirm.CheckAffinity(a.options.Affinity)); err != nil {
 				return usageError("--%v", err)
 			}
 			switch {
@@ -121,6 +133,9 @@ attached before it are detached again.`,
 		"what counts as the same client: address and port, address, bytes of the payload, nothing (default flow, none for TCP)")
 	flags.Var((*clientPrefixValue)(&a.options.ClientPrefix), "client-prefix",
 		"with --affinity client: bits of IPv4 and IPv6 addresses that count (default 32/128)")
+	flags.Var((*confirmValue)(&a.options.Confirm), "confirm",
+		"what makes a new flow an established one: the client's next packet, or the server's answer (default client)")
+	complete(cmd, "confirm", "client", "reply")
 	complete(cmd, "affinity", "flow", "client", "bytes:", "none")
 	flags.Var((*firstValue)(&a.options.First), "first",
 		"the protocol by whose packets a flow's first one may say that it is new, or whose it is")

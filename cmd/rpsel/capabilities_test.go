@@ -179,6 +179,9 @@ func (w *capWorld) rpsel(args ...string) {
 func (w *capWorld) serve(addr string, o testnet.ServerOptions) {
 	w.t.Helper()
 	o.Network, o.Addr = "udp4", addr
+	if w.cgroup != nil && o.Cgroup == "" {
+		o.Cgroup = w.cgroup.Name()
+	}
 	testnet.StartServer(w.t, w.ns, o)
 }
 
@@ -215,14 +218,31 @@ func (w *capWorld) ownCgroup() {
 	w.t.Cleanup(func() { w.cgroup.Close() })
 }
 
+// subCgroup makes one below that for servers.
+func (w *capWorld) subCgroup() string {
+	w.t.Helper()
+	dir := filepath.Join(w.cgroup.Name(), "below")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		if err := os.Remove(dir); err != nil {
+			w.t.Error(err)
+		}
+	})
+	return dir
+}
+
 // runOnAttached tries whether the listener of a command is registered. That the
 // command itself runs all the same is what it is for.
-func runOnAttached(w *capWorld) func([]capability.Capability) (int, string, string) {
-	w.ownCgroup()
-	w.attach()
-	return func(have []capability.Capability) (int, string, string) {
-		return w.until([]string{"registered"}, have, "run", "--port", "1194", "--debug", "--user", fmt.Sprint(capServer), "--bpffs", w.bpffs,
-			"--", w.built, demoListener, "late")
+func runOnAttached(args ...string) capTrial {
+	return func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		w.ownCgroup()
+		w.attach(args...)
+		return func(have []capability.Capability) (int, string, string) {
+			return w.until([]string{"registered"}, have, "run", "--port", "1194", "--debug", "--user", fmt.Sprint(capServer), "--bpffs", w.bpffs,
+				"--", w.built, demoListener, "late")
+		}
 	}
 }
 
@@ -230,11 +250,14 @@ func runOnAttached(w *capWorld) func([]capability.Capability) (int, string, stri
 // doors and watches for events. Where it cannot it goes on all the same.
 func agentTrial(args ...string) capTrial {
 	return func(w *capWorld) func([]capability.Capability) (int, string, string) {
+		w.ownCgroup()
 		w.attach(args...)
 		w.ownRunDir()
-		w.ownCgroup()
+		below := w.subCgroup()
 		return func(have []capability.Capability) (int, string, string) {
-			w.serve("127.0.0.1:1194", shared)
+			o := shared
+			o.Cgroup = below
+			w.serve("127.0.0.1:1194", o)
 			return w.until([]string{"msg=registered", "mode=events", "msg=ready"}, have, "agent", "--bpffs", w.bpffs, "--cgroup", w.cgroup.Name())
 		}
 	}
@@ -301,6 +324,11 @@ var capTrials = map[string]capTrial{
 		w.serve("127.0.0.1:1194", lone)
 		return []string{"attach", "--port", "1194", "--adopt", "--bpffs", w.bpffs, "-N", w.outside()}
 	}),
+	"attach --confirm reply": line(func(w *capWorld) []string {
+		w.ownCgroup()
+		w.serve("127.0.0.1:1194", shared)
+		return []string{"attach", "--port", "1194", "--confirm", "reply", "--bpffs", w.bpffs}
+	}),
 	"detach":  attached("detach", "--port", "1194"),
 	"upgrade": attached("upgrade", "--flows", "1000"),
 	"status":  attached("status"),
@@ -324,9 +352,11 @@ var capTrials = map[string]capTrial{
 		w.ownCgroup()
 		return []string{"run", "--port", "1194", "--user", fmt.Sprint(capServer), "--", "true"}
 	}),
-	"run --user, on an attached port": runOnAttached,
-	"agent":                           agentTrial(),
-	"agent, for owners":               agentTrial("--owner", fmt.Sprint(capServer)),
+	"run --user, on an attached port":          runOnAttached(),
+	"run --user, on a port with confirm reply": runOnAttached("--confirm", "reply"),
+	"agent, with confirm reply":                agentTrial("--confirm", "reply"),
+	"agent":                                    agentTrial(),
+	"agent, for owners":                        agentTrial("--owner", fmt.Sprint(capServer)),
 	"agent, with the netns of a service": func(w *capWorld) func([]capability.Capability) (int, string, string) {
 		w.ownRunDir()
 		w.ownCgroup()

@@ -157,6 +157,7 @@ func (c *checker) machine() {
 	c.jit()
 	c.cgroup2(kernel)
 	c.note("bpf_timer", "housekeeping while no agent runs", loader.HaveTimer(), "Linux 5.15 or later")
+	c.note("bpf_get_netns_cookie in egress hooks", "--confirm reply, if one cgroup serves a port in several network namespaces", loader.HaveSenderNetNS(), "in newer kernels")
 	c.note("SO_REUSEADDR in bind hooks", "run --reuseaddr", kernel.atLeast(6, 1), "Linux 6.1 or later")
 }
 
@@ -267,21 +268,21 @@ func (c *checker) jit() {
 	}
 }
 
-// cgroup2 finds the hierarchy that run needs, and the agent to be told of listeners.
+// cgroup2 finds the hierarchy that run and confirm reply need, and the agent to be told of listeners.
 func (c *checker) cgroup2(k kernel) {
 	own, err := cgroup.Own()
 	if err != nil {
-		c.note("cgroup2", "run; agent, or it polls", false, "%v", err)
+		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%v", err)
 		return
 	}
 	old, err := cgroup.OldControllers()
 	switch {
 	case err != nil:
-		c.note("cgroup2", "run; agent, or it polls", false, "%v", err)
+		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%v", err)
 	case old && !k.atLeast(5, 15):
-		c.note("cgroup2", "run; agent, or it polls", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
+		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
 	default:
-		c.note("cgroup2", "run; agent, or it polls", true, "%s", own)
+		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", true, "%s", own)
 	}
 }
 

@@ -18,8 +18,9 @@ func newDetachCmd(e *env) *cobra.Command {
 		Short: "Give a port back to the kernel's hash",
 		Long: `Take rpsel's program off every group on the port and remove the state. Flows go
 back to where the kernel's hash sends them; --dry-run counts those that would
-then have another listener (of affinity flow; of another it cannot tell). With -N all it does so in every network namespace, and
-removes what is left of those that are gone.`,
+then have another listener (with affinity flow and confirm client; else it cannot
+tell). With -N all it does so in every network namespace, and removes what is left
+of those that are gone.`,
 		Example: `  rpsel detach --port 1194 --dry-run
   rpsel detach --port 1194`,
 		Args: noArgs,

@@ -248,6 +248,15 @@ func (a *affinityValue) Set(text string) error {
 func (a *affinityValue) String() string { return string(*a) }
 func (a *affinityValue) Type() string   { return "flow|client|bytes:OFFSET,LENGTH|none" }
 
+// confirmValue is a flag that takes a way of confirmation.
+type confirmValue loader.Confirm
+
+func (c *confirmValue) Set(text string) error {
+	return (*loader.Confirm)(c).UnmarshalText([]byte(text))
+}
+func (c *confirmValue) String() string { return string(*c) }
+func (c *confirmValue) Type() string   { return "client|reply" }
+
 // clientPrefixValue is a flag that takes the numbers of bits of client addresses.
 type clientPrefixValue loader.ClientPrefix
 

@@ -44,6 +44,7 @@ type killCase struct {
 	idle    []string // and that do not
 	status  string   // what "status -j" prints in the end: a regular expression
 	look    bool     // and right after the kill
+	links   int      // in the end, to the cgroups of servers; 0: they are not in cgroups of their own
 }
 
 // P6: every command that changes a group is killed at each of its steps, and so
@@ -55,6 +56,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	const upgraded = `"attached":true.*"tracked":200,`
 	const newest = "attach --settle 0 --policy newest"
 	attached := []string{"attach --settle 0"}
+	const replied, confirmed = "attach --settle 0 --confirm reply", `"tracked":200,"established":200,`
 	var visited sync.Map
 	for _, c := range []killCase{
 		{name: "attach", servers: 3, killed: "attach --settle 0", fresh: []string{"s0"}},
@@ -76,6 +78,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{name: "upgrade, layout", servers: 3, before: []string{"layout 1", "close", "pick 2"}, killed: "upgrade", status: upgraded, fresh: []string{"s2"}},
 		{name: "upgrade, both", servers: 3, before: []string{"layout 1", "close", "pick 2"}, killed: "upgrade --flows 2000", status: upgraded, fresh: []string{"s2"}},
 		{name: "upgrade, and a look", servers: 3, before: []string{"attach --settle 0", "close", "pick 2"}, killed: "upgrade --flows 2000", status: upgraded, look: true, fresh: []string{"s2"}},
+		{name: "attach --confirm reply", servers: 3, links: 1, killed: replied, status: `"confirm":"reply".*"tracked":200,"established":200,`, fresh: []string{"s0"}},
+		{name: "attach --confirm reply, a joiner elsewhere", servers: 3, links: 2, before: []string{replied, "start 1"}, killed: "attach", status: confirmed, fresh: []string{"t0"}},
+		{name: "drain, a cgroup has no listener any more", servers: 3, links: 1, before: []string{replied, "start 1", "attach", "kill"}, killed: "drain --slot 1", status: confirmed, fresh: []string{"s0"}, idle: []string{"s1"}},
+		{name: "upgrade, confirm reply", servers: 3, links: 1, before: []string{replied}, killed: "upgrade --flows 2000", status: confirmed, fresh: []string{"s0"}},
 		{name: "run", servers: 3, before: attached, killed: "run", after: []string{"run", "attach"}, fresh: []string{"s0", "r"}},
 		{name: "run, all had died", servers: 1, before: []string{"attach --settle 0", "close"}, killed: "run", after: []string{"run", "attach --settle 0"}, fresh: []string{"r"}},
 		{name: "agent, a joiner", servers: 3, before: []string{"attach --settle 0", "add"}, killed: "agent", fresh: []string{"s3"}},
@@ -150,13 +156,14 @@ type killWorld struct {
 	bpffs   string
 	log     string // of the steps
 	cgroup  string // of what "rpsel run" starts
+	options testnet.ServerOptions
 	servers *testnet.Server
 	started []*testnet.Server // by "rpsel run"
 	others  []*testnet.Server // by "start"
 	agent   *exec.Cmd
 }
 
-func newKillWorld(t *testing.T, rpsel string, servers int) *killWorld {
+func newKillWorld(t *testing.T, rpsel string, servers int, inCgroup bool) *killWorld {
 	w := &killWorld{
 		t: t, rpsel: rpsel, ns: testnet.New(t), bpffs: testnet.BPFFS(t),
 		log: filepath.Join(t.TempDir(), "steps"),
@@ -173,8 +180,22 @@ func newKillWorld(t *testing.T, rpsel string, servers int) *killWorld {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(run) })
-	w.servers = testnet.StartGroup(t, w.ns, max(1, servers), testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: servers > 0})
+	w.options = testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: servers > 0}
+	if inCgroup {
+		w.options.Cgroup = w.makeCgroup("s")
+	}
+	w.servers = testnet.StartGroup(t, w.ns, max(1, servers), w.options)
 	return w
+}
+
+// makeCgroup makes a cgroup for servers.
+func (w *killWorld) makeCgroup(name string) string {
+	w.t.Helper()
+	dir := filepath.Join(w.cgroup, name)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	return dir
 }
 
 // close ends all processes, and looks whether they leave something: the cgroup
@@ -182,8 +203,17 @@ func newKillWorld(t *testing.T, rpsel string, servers int) *killWorld {
 func (w *killWorld) close(when string) {
 	w.stopAgent()
 	w.servers.Kill()
-	for _, s := range w.started {
+	for _, s := range slices.Concat(w.others, w.started) {
 		s.Kill()
+	}
+	if w.options.Cgroup != "" {
+		below, err := filepath.Glob(filepath.Join(w.cgroup, "*", "cgroup.procs"))
+		for _, file := range below {
+			err = errors.Join(err, os.Remove(filepath.Dir(file)))
+		}
+		if err != nil {
+			w.t.Errorf("%s: %v", when, err)
+		}
 	}
 	if len(w.started) > 0 {
 		sweep := w.ns.Command("sh", "-c", `echo 0 >"$0/cgroup.procs" && exec "$1" run -- true`, w.cgroup, w.rpsel)
@@ -239,9 +269,12 @@ func (w *killWorld) do(at int, line string) (killed bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		w.others = append(w.others, testnet.StartGroup(w.t, w.ns, n, testnet.ServerOptions{
-			Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Name: string(rune('t' + len(w.others))),
-		}))
+		o := w.options
+		o.Name = string(rune('t' + len(w.others)))
+		if o.Cgroup != "" {
+			o.Cgroup = w.makeCgroup(o.Name)
+		}
+		w.others = append(w.others, testnet.StartGroup(w.t, w.ns, n, o))
 		return false, nil
 	}
 	switch line {
@@ -392,7 +425,7 @@ func (w *killWorld) registered(pid, n int) bool {
 // and returns the steps that were passed.
 func (c *killCase) run(t *testing.T, rpsel string, at int) (steps []string) {
 	t.Helper()
-	w := newKillWorld(t, rpsel, c.servers)
+	w := newKillWorld(t, rpsel, c.servers, c.links > 0)
 	when := fmt.Sprintf("killed at step %d", at)
 	defer func() { w.close(when) }()
 	clients := testnet.NewClients(t, w.ns, 200, "127.0.0.1:1194")
@@ -456,6 +489,12 @@ func (c *killCase) run(t *testing.T, rpsel string, at int) (steps []string) {
 	aside, err := filepath.Glob(filepath.Join(w.bpffs, "rpsel", "*", "tmp_*"))
 	if err != nil || len(aside) > 0 {
 		t.Errorf("%s, and then %v: left behind: %v, %v", when, after, aside, err)
+	}
+	if c.links > 0 {
+		links, err := filepath.Glob(filepath.Join(w.bpffs, "rpsel", "*", "udp_*", "reply_*"))
+		if err != nil || len(links) != c.links {
+			t.Errorf("%s, and then %v: links %v, %v", when, after, links, err)
+		}
 	}
 	if strings.Contains(c.killed, "service") {
 		pins, err := filepath.Glob(filepath.Join(w.bpffs, "rpsel", "bind", "udp_1194", "*"))

@@ -25,6 +25,7 @@ import (
 
 	"github.com/rpsel/rpsel/agent"
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/layout1"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/sockets"
@@ -67,7 +68,8 @@ func without() {
 //	device NAME                  make a network interface
 //	serve NAME NETWORK ADDR OPT… start a server of 1 socket; options are a
 //	                             number of sockets, plain (no SO_REUSEPORT),
-//	                             v6only, mptcp, cpu (SO_INCOMING_CPU), uid=N.
+//	                             v6only, mptcp, cpu (SO_INCOMING_CPU), uid=N,
+//	                             cgroup (in one of its own).
 //	                             Sets $NAME to its pid
 //	layout1 PORT                 attach as an rpsel of layout 1 did
 //	layout PORT N                write another layout into a udp group's state
@@ -203,6 +205,8 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 			o.MPTCP = true
 		case opt == "cpu":
 			o.Sockopts = []testnet.Sockopt{{Level: unix.SOL_SOCKET, Name: unix.SO_INCOMING_CPU, Value: 0}}
+		case opt == "cgroup":
+			o.Cgroup = w.cgroup(ts)
 		case isUID:
 			o.UID, err = strconv.Atoi(uid)
 		default:
@@ -213,6 +217,13 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 	s := testnet.StartGroup(w.t, w.ns, n, o)
 	w.servers[args[0]] = s
 	ts.Setenv(args[0], strconv.Itoa(s.PID()))
+}
+
+// cgroup makes one for a server.
+func (w *world) cgroup(ts *testscript.TestScript) string {
+	root, err := cgroup.Root()
+	ts.Check(err)
+	return testnet.Cgroup(w.t, root)
 }
 
 // await waits for an agent to do its work.

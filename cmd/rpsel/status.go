@@ -114,6 +114,9 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if status.First != "" {
 		affinity += "  first " + string(status.First)
 	}
+	if status.Confirm != loader.ConfirmClient {
+		affinity += "  confirm " + string(status.Confirm)
+	}
 	title := fmt.Sprintf("%s  policy %s  affinity %s  flows %d/%d  rehomed %d  fallback %d",
 		s.groupName(status.Key), status.Policy, affinity, status.Tracked, status.Capacity,
 		status.Counters.Rehomed, status.Counters.Fallback)
@@ -255,7 +258,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 	for _, status := range list {
 		g := groupStatusJSON{
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),
-			Attached:  status.Attached, Policy: status.Policy, Affinity: string(status.Affinity), Confirm: status.Confirm,
+			Attached:  status.Attached, Policy: status.Policy, Affinity: string(status.Affinity), Confirm: string(status.Confirm),
 			IdleSeconds: wholeSeconds(status.Idle), IdleNewSeconds: wholeSeconds(status.IdleNew),
 			SettlingSeconds: wholeSeconds(status.Settling), Generation: status.Generation, TurningSeconds: wholeSeconds(status.Turning),
 			Flows:        flowCountsJSON{status.Tracked, status.Established, status.Capacity},

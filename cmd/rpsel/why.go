@@ -20,7 +20,8 @@ func newWhyCmd(e *env) *cobra.Command {
 		Use:   "why CLIENT",
 		Short: "Say which listener a client has, and why",
 		Long: `Say which listener a client has, since when, by which rule, and where plain
-Linux would send it, which only affinity flow can tell. CLIENT is an address, or an address and a port.
+Linux would send it, which only affinity flow with confirm client can tell. CLIENT
+is an address, or an address and a port.
 
 The rules are:
   kernel   first seen while the group settled: left where the kernel's hash had it

@@ -24,19 +24,20 @@ type Capability struct {
 
 // The capabilities that rpsel makes use of.
 var (
-	BPF      = Capability{"CAP_BPF", unix.CAP_BPF, "loads programs, makes maps"}
-	Perfmon  = Capability{"CAP_PERFMON", unix.CAP_PERFMON, "reads groups, sockets and names out of the kernel"}
-	Ptrace   = Capability{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, "borrows sockets from processes of other users"}
-	NetAdmin = Capability{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attaches programs to cgroups, opens a socket's network namespace, filters a TCP socket"}
-	SysAdmin = Capability{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, "mounts a bpffs, enters other namespaces"}
-	Chown    = Capability{"CAP_CHOWN", unix.CAP_CHOWN, "gives a socket to the user it is for"}
-	NetBind  = Capability{"CAP_NET_BIND_SERVICE", unix.CAP_NET_BIND_SERVICE, "binds to a port below 1024"}
-	SetUID   = Capability{"CAP_SETUID", unix.CAP_SETUID, "becomes another user"}
-	SetGID   = Capability{"CAP_SETGID", unix.CAP_SETGID, "takes that user's groups"}
+	BPF        = Capability{"CAP_BPF", unix.CAP_BPF, "loads programs, makes maps"}
+	Perfmon    = Capability{"CAP_PERFMON", unix.CAP_PERFMON, "reads groups, sockets and names out of the kernel"}
+	Ptrace     = Capability{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, "borrows sockets from processes of other users"}
+	NetAdmin   = Capability{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attaches programs to cgroups, opens a socket's network namespace, filters a TCP socket"}
+	SysAdmin   = Capability{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, "mounts a bpffs, enters other namespaces"}
+	Chown      = Capability{"CAP_CHOWN", unix.CAP_CHOWN, "gives a socket to the user it is for"}
+	NetBind    = Capability{"CAP_NET_BIND_SERVICE", unix.CAP_NET_BIND_SERVICE, "binds to a port below 1024"}
+	ReadSearch = Capability{"CAP_DAC_READ_SEARCH", unix.CAP_DAC_READ_SEARCH, "finds the cgroup of a socket"}
+	SetUID     = Capability{"CAP_SETUID", unix.CAP_SETUID, "becomes another user"}
+	SetGID     = Capability{"CAP_SETGID", unix.CAP_SETGID, "takes that user's groups"}
 )
 
 // All lists them in the order in which people are shown them.
-var All = []Capability{BPF, Perfmon, Ptrace, NetAdmin, SysAdmin, Chown, NetBind, SetUID, SetGID}
+var All = []Capability{BPF, Perfmon, Ptrace, NetAdmin, SysAdmin, Chown, NetBind, ReadSearch, SetUID, SetGID}
 
 // Need is what a command cannot do without.
 type Need struct {
@@ -60,6 +61,7 @@ var Needs = []Need{
 	{"attach --adopt below port 1024", []Capability{BPF, Perfmon, Ptrace, Chown, NetBind}},
 	{"attach --adopt --proto tcp", []Capability{BPF, Perfmon, Ptrace, NetAdmin, Chown}},
 	{"attach --adopt -N", []Capability{Ptrace, NetAdmin, SysAdmin, Chown}},
+	{"attach --confirm reply", []Capability{BPF, Perfmon, Ptrace, NetAdmin, ReadSearch}},
 	{"detach", []Capability{BPF, Perfmon, Ptrace}},
 	{"upgrade", []Capability{BPF, Perfmon, Ptrace}},
 	{"status", []Capability{BPF, Perfmon}},
@@ -73,8 +75,10 @@ var Needs = []Need{
 	{"run", []Capability{BPF, Perfmon, NetAdmin}},
 	{"run --user", []Capability{BPF, Perfmon, NetAdmin, SetUID, SetGID}},
 	{"run --user, on an attached port", []Capability{BPF, Perfmon, Ptrace, NetAdmin, SetUID, SetGID}},
+	{"run --user, on a port with confirm reply", []Capability{BPF, Perfmon, Ptrace, NetAdmin, ReadSearch, SetUID, SetGID}},
 	{"agent", []Capability{BPF, Perfmon, Ptrace, NetAdmin}},
 	{"agent, for owners", []Capability{BPF, Perfmon, Ptrace, NetAdmin, Chown}},
+	{"agent, with confirm reply", []Capability{BPF, Perfmon, Ptrace, NetAdmin, ReadSearch}},
 	{"agent, with the netns of a service", []Capability{Ptrace, SysAdmin}},
 	{"demo", []Capability{NetAdmin, SysAdmin}},
 }

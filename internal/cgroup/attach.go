@@ -3,7 +3,6 @@ package cgroup
 import (
 	"errors"
 	"fmt"
-	"io"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // Program is a BPF program and the hook it is for.
@@ -47,10 +48,9 @@ func (d *Dir) Attach(programs []Program) error {
 	return errors.Join(errs...)
 }
 
-// Link is Attach for programs that stay until links is closed, or the process
-// ends.
-func (d *Dir) Link(programs []Program) (links io.Closer, err error) {
-	var all closers
+// Link is Attach for programs that stay until their links are closed, or the
+// process ends.
+func (d *Dir) Link(programs []Program) (all Links, err error) {
 	err = d.attach(programs, func(p Program) error {
 		l, err := link.AttachRawLink(link.RawLinkOptions{
 			Target: int(d.file.Fd()), Program: p.Program, Attach: p.Hook,
@@ -66,12 +66,14 @@ func (d *Dir) Link(programs []Program) (links io.Closer, err error) {
 	return all, nil
 }
 
-type closers []io.Closer
+// Links hold programs in their places, in the order they were given.
+type Links []*link.RawLink
 
-func (cs closers) Close() error {
+// Close takes those off that are not pinned.
+func (ls Links) Close() error {
 	var errs []error
-	for _, c := range cs {
-		errs = append(errs, c.Close())
+	for _, l := range ls {
+		errs = append(errs, l.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -183,7 +185,8 @@ func (d *Dir) effective(hook ebpf.AttachType) ([]ebpf.ProgramID, error) {
 
 func (d *Dir) query(hook ebpf.AttachType, flags uint32) ([]ebpf.ProgramID, error) {
 	result, err := link.QueryPrograms(link.QueryOptions{Target: int(d.file.Fd()), Attach: hook, QueryFlags: flags})
-	if errors.Is(err, unix.EPERM) {
+	// The library takes a refusal for a kernel that does not know the command.
+	if errors.Is(err, unix.EPERM) || err != nil && len(capability.Missing(capability.NetAdmin)) > 0 {
 		return nil, fmt.Errorf("query programs of %s: %w without CAP_NET_ADMIN: run as root", d.path, ErrPermission)
 	}
 	if err != nil {

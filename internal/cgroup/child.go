@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/internal/capability"
 )
 
 // prefix starts the names of all cgroups that Create makes.
@@ -40,6 +43,49 @@ func Open(path string) (*Dir, error) {
 		return nil, fmt.Errorf("%s: %w: name one below the mount point of cgroup2", path, ErrNotCgroup2)
 	}
 	return &Dir{path, f}, nil
+}
+
+// handleID is the type of a file handle that is a cgroup's id
+// (include/linux/exportfs.h FILEID_KERNFS).
+const handleID = 0xfe
+
+// OpenID opens a cgroup by its id, wherever it was moved or renamed to. The
+// caller closes it.
+//
+// Errors: ErrRemoved, ErrNoCgroup2, ErrOutside, ErrPermission.
+func OpenID(id uint64) (*Dir, error) {
+	root, err := Root()
+	if err != nil {
+		return nil, err
+	}
+	mount, err := Open(root)
+	if err != nil {
+		return nil, err
+	}
+	defer mount.Close()
+	handle := unix.NewFileHandle(handleID, binary.NativeEndian.AppendUint64(nil, id))
+	fd, err := unix.OpenByHandleAt(int(mount.file.Fd()), handle, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return nil, capability.Denied(fmt.Sprintf("open cgroup %d", id), capability.ReadSearch)
+	case errors.Is(err, unix.ESTALE):
+		return nil, fmt.Errorf("cgroup %d: %w: restart the server", id, ErrRemoved)
+	case err != nil:
+		return nil, fmt.Errorf("open cgroup %d: %w", id, err)
+	}
+	d := &Dir{root, os.NewFile(uintptr(fd), root)}
+	// Both paths are those of the mount's own namespace, which root may only lead to.
+	top, err := os.Readlink(mount.self())
+	if err == nil {
+		var path string
+		path, err = os.Readlink(d.self())
+		d.path = filepath.Join(root, strings.TrimPrefix(path, top))
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
 }
 
 // FromFile takes over the descriptor of a cgroup directory, which its path need

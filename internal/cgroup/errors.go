@@ -25,6 +25,8 @@ var (
 	// ErrOccupied: another tool's program on the cgroup, or above, leaves no
 	// place for ours. The message names both.
 	ErrOccupied = errors.New("another program is in the way")
+	// ErrRemoved: the cgroup was removed, though sockets of it may be left.
+	ErrRemoved = errors.New("the cgroup was removed")
 	// ErrBusy: processes are left in the cgroup.
 	ErrBusy = errors.New("cgroup is in use")
 	// ErrPermission: a capability or file permission is missing.

@@ -113,6 +113,7 @@ type entry struct {
 	Affinity     *string `toml:"affinity"`
 	ClientPrefix *string `toml:"client-prefix"`
 	First        *string `toml:"first"`
+	Confirm      *string `toml:"confirm"`
 	Owner        *string `toml:"owner"`
 	Force        bool    `toml:"force"`
 }
@@ -134,6 +135,7 @@ var allowed = map[string]string{
 	"affinity":      fmt.Sprintf(`use "flow", "client", "bytes:OFFSET,LENGTH" (up to %d and 1 to %d) or "none"; of TCP "client" or "none"`, loader.MaxAffinityOffset, loader.MaxAffinityLength),
 	"client-prefix": `use two numbers of bits, such as "24/56", with affinity = "client"`,
 	"first":         `use "openvpn", with UDP and affinity = "flow"`,
+	"confirm":       `use "client" or "reply", and "reply" with proto = "udp" and affinity = "flow" or "client"`,
 	"owner":         `use a user's name or number, or "none"`,
 	"force":         "use true or false",
 }
@@ -294,6 +296,10 @@ func (e entry) service(at place) (s Service, err error) {
 	if e.First != nil && (s.Options.First.UnmarshalText([]byte(*e.First)) != nil ||
 		s.Options.First.Check(s.Proto, s.Options.Affinity) != nil) {
 		wrong("first")
+	}
+	if e.Confirm != nil && (s.Options.Confirm.UnmarshalText([]byte(*e.Confirm)) != nil ||
+		errors.Join(s.Options.Confirm.CheckProto(s.Proto), s.Options.Confirm.CheckAffinity(s.Options.Affinity)) != nil) {
+		wrong("confirm")
 	}
 	if e.Owner != nil {
 		uid, parseErr := owner.Parse(*e.Owner)

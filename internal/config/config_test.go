@@ -55,6 +55,10 @@ affinity = "bytes:00,4"
 [[service]]
 port     = 443
 first    = "openvpn"
+
+[[service]]
+port     = 1195
+confirm  = "reply"
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -69,6 +73,7 @@ first    = "openvpn"
 		},
 		{Line: 23, Proto: sockets.UDP, Port: 53, Options: loader.Options{Affinity: loader.AffinityBytes(0, 4)}},
 		{Line: 27, Proto: sockets.UDP, Port: 443, Options: loader.Options{First: loader.FirstOpenVPN}},
+		{Line: 31, Proto: sockets.UDP, Port: 1195, Options: loader.Options{Confirm: loader.ConfirmReply}},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -118,6 +123,9 @@ func TestLoadInvalid(t *testing.T) {
 		{"[[service]]\nport = 1\nfirst = \"quic\"", `3: first: use "openvpn", with UDP and affinity = "flow"`},
 		{"[[service]]\nport = 1\nproto = \"tcp\"\nfirst = \"openvpn\"", `4: first: use `},
 		{"[[service]]\nport = 1\naffinity = \"client\"\nfirst = \"openvpn\"", `4: first: use `},
+		{"[[service]]\nport = 1\nconfirm = \"maybe\"", `3: confirm: use "client" or "reply", and "reply" with proto = "udp"`},
+		{"[[service]]\nport = 1\nproto = \"tcp\"\nconfirm = \"reply\"", "4: confirm: use "},
+		{"[[service]]\nport = 1\naffinity = \"none\"\nconfirm = \"reply\"", "4: confirm: use "},
 		{"[[service]]\nport = 1\nowner = \"no such user\"", "3: owner: use a user's name or number, or \"none\""},
 		{"[[service]]\nport = 1\nforce = 1", "3: force: use true or false"},
 		{"[[service]]\nport = 1\nadopt = 1", "3: adopt: use true or false"},

@@ -206,6 +206,7 @@ func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group
 	for _, leave := range []func(){
 		func() { o.Flows = 0 },
 		func() { o.Affinity, o.ClientPrefix = "", loader.ClientPrefix{} },
+		func() { o.First, o.Confirm = "", "" },
 	} {
 		if !errors.Is(err, loader.ErrFixed) {
 			break
@@ -255,10 +256,11 @@ func (k *keeper) register(live sockets.Group, state *group) error {
 			defer conn.Close()
 			err = m.Check()
 		}
-		k.fails(fmt.Sprint("register ", m.Cookie), err, k.attrs(live)...)
-		if err == nil {
-			members, conns = append(members, m), append(conns, conn)
+		if err != nil {
+			k.fails(fmt.Sprint("register ", m.Cookie), err, k.attrs(live)...)
+			continue
 		}
+		members, conns = append(members, m), append(conns, conn)
 	}
 	if len(conns) == 0 {
 		return nil

@@ -181,7 +181,7 @@ func TestReload(t *testing.T) {
 	if s, _ := status(t, a.fs, one); s.Idle != time.Minute {
 		t.Errorf("after a wrong file: %+v", s)
 	}
-	reload(service(ns, 1194, `settle = "1m"`, `idle = "2m"`, `flows = 2000`)+service(ns, 1195, `settle = "0s"`), "flows 2000: fixed while attached, with 1000")
+	reload(service(ns, 1194, `settle = "1m"`, `idle = "2m"`, `flows = 2000`, `affinity = "client"`, `confirm = "reply"`)+service(ns, 1195, `settle = "0s"`), "flows 2000: fixed while attached, with 1000")
 	a.awaitListeners(two, 2)
 	await(t, "the new time", func() bool {
 		s, _ := status(t, a.fs, one)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -178,7 +179,7 @@ func (c *Clients) answer(fd int, deadline time.Time) (string, error) {
 		case c.stream:
 			return string(buf[:n]), nil
 		case n > 4 && binary.BigEndian.Uint32(buf) == c.seq:
-			return string(buf[4:n]), nil
+			return strings.TrimRight(string(buf[4:n]), "\x00"), nil
 		}
 	}
 }

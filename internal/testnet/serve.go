@@ -1,6 +1,7 @@
 package testnet
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -141,8 +142,11 @@ func (w *work) serve() error {
 				}
 			default:
 				n, client, err := unix.Recvfrom(fd, buf, unix.MSG_DONTWAIT)
-				if err == nil {
-					unix.Sendto(fd, append(buf[:n:n], name...), 0, client)
+				if err != nil || bytes.HasPrefix(buf[:n], []byte(Silence)) {
+					continue
+				}
+				if err := w.reply(fd, append(buf[:n:n], name...), client); err != nil {
+					fmt.Fprintln(os.Stderr, err)
 				}
 			}
 		}

@@ -37,6 +37,8 @@ type ServerOptions struct {
 	UID int
 	// Sockopts are set before bind.
 	Sockopts []Sockopt
+	// Reply is how the server answers, one of Replies, "sendto" by default.
+	Reply string
 	// Cgroup is the cgroup2 directory the process starts in, "" for the test's.
 	Cgroup string
 	// Wrap is a command line that runs the server's, which is appended to it.
