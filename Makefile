@@ -11,7 +11,7 @@ CLANG        := clang-19
 STRIP        := llvm-strip-19
 CLANG_FORMAT := clang-format-19
 
-export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin
+export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin
 # A go that is too old fetches the one that go.mod asks for.
 export GOTOOLCHAIN := auto
 GO      := go
@@ -21,7 +21,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # What each kind of work needs: a command that must be there = the package it is in.
 BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
-               systemd-analyze=systemd unshare=util-linux \
+               haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
 LINT_NEEDS  := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
 
@@ -41,7 +41,7 @@ demo: ## plain Linux and rpsel side by side, in a network namespace of its own
 	./rpsel demo
 
 .PHONY: test
-test: ## all tests on this kernel, real OpenVPN among them
+test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx
 	@$(call root,test)
 	@$(call need,$(TEST_NEEDS))
 	@$(MAKE) --no-print-directory generated
@@ -90,7 +90,8 @@ define root
 	fi
 endef
 
-# need installs, with Debian's or Ubuntu's apt-get, what is not there yet.
+# need installs, with Debian's or Ubuntu's apt-get, what is not there yet. Servers
+# among that are not started: policy-rc.d says so to the packages' scripts.
 define need
 	missing=; \
 	for n in $(1); do \
@@ -105,6 +106,11 @@ define need
 			echo "make: these packages are missing:$$missing: install them, or run make as root on Debian or Ubuntu" >&2; exit 1; \
 		fi; \
 		echo "make: install$$missing"; \
+		policy=/usr/sbin/policy-rc.d; \
+		if [ ! -e $$policy ]; then \
+			trap "rm -f $$policy" EXIT; \
+			printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; \
+		fi; \
 		apt-get update -qq; \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi; \

@@ -1,13 +1,14 @@
 // Package agent lets a server without any privilege register its own sockets
 // with the rpsel agent.
 //
-// The group has to be attached with the server's user as its owner ("rpsel
-// attach --port PORT --owner USER"), and "rpsel agent" has to run. Then any
-// process of that user, without a capability and without access to the BPF file
-// system, may register, drain and resume sockets that it has open, and no
-// others. It talks to the agent through a unix socket that belongs to the user;
-// the descriptor itself tells the agent what group it is about, so that a server
-// in another network or mount namespace only needs that one socket mounted.
+// The group has to have the server's user as its owner (by "rpsel attach --port
+// PORT --owner USER", or the service's owner in the agent's file), and "rpsel
+// agent" has to run. Then any process of that user, without a capability and
+// without access to the BPF file system, may register, drain and resume sockets
+// that it has open, and no others. It talks to the agent through a unix socket
+// that belongs to the user; the descriptor itself tells the agent what group it
+// is about, so that a server in another network or mount namespace only needs
+// that one socket mounted.
 //
 // The agent finds new listeners by itself as well. What registering adds is that
 // it is done when Register returns, also where the agent cannot look: in another

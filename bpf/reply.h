@@ -110,7 +110,7 @@ ALWAYS_INLINE int addressee(struct __sk_buff *skb, __u64 client[2], __u32 *port)
 		if (!at || bpf_skb_load_bytes(skb, V6_DESTINATION, client, 16))
 			return 0;
 	}
-	mask_client(client, head[0] >> 4 != 4);
+	mask_client(client);
 	if (bpf_skb_load_bytes(skb, at + UDP_DESTINATION, &to, sizeof(to)))
 		return 0;
 	*port = bpf_ntohs(to);

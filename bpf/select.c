@@ -200,15 +200,25 @@ struct {
 			c->field++;                                                                \
 	})
 
-#define COUNT_SLOT(ctx, slot, field)                                                               \
+/*
+ * With affinity client a connection whose TCP listener ends goes by its client's
+ * flow, as the client's next connection would, and is counted as migrated whatever
+ * became of the flow. kind is the affinity, which costs a load to look at.
+ */
+#define COUNT_SLOT_OF(kind, ctx, slot, field)                                                      \
 	({                                                                                         \
 		__u32 index = (slot);                                                              \
 		struct slot_counters *c = bpf_map_lookup_elem(&slot_counters, &index);             \
 		if (c) {                                                                           \
-			c->field++;                                                                \
+			if ((kind) == AFFINITY_CLIENT && (ctx)->migrating_sk)                      \
+				c->migrated++;                                                     \
+			else                                                                       \
+				c->field++;                                                        \
 			c->bytes += (ctx)->len;                                                    \
 		}                                                                                  \
 	})
+
+#define COUNT_SLOT(ctx, slot, field) COUNT_SLOT_OF(affinity, ctx, slot, field)
 
 /* clock is a coarse second that costs no clock read. It wraps after 24 bits. */
 ALWAYS_INLINE __u32 clock(void)
@@ -247,8 +257,10 @@ ALWAYS_INLINE int frozen(const struct config *cfg, __u32 now)
 }
 
 /* mask_client leaves of an address what counts. */
-ALWAYS_INLINE void mask_client(__u64 client[2], int v6)
+ALWAYS_INLINE void mask_client(__u64 client[2])
 {
+	int v6 = !is_mapped(client);
+
 	if (affinity != AFFINITY_CLIENT)
 		return;
 	client[0] &= v6 ? prefix6[0] : prefix4[0];
@@ -258,9 +270,18 @@ ALWAYS_INLINE void mask_client(__u64 client[2], int v6)
 /* client_of reads the client's address, as far as it counts. */
 ALWAYS_INLINE int client_of(struct sk_reuseport_md *ctx, __u64 client[2])
 {
-	if (!client_address(ctx, ctx->eth_protocol, client))
+	struct bpf_sock *migrating = 0;
+
+	if (affinity == AFFINITY_CLIENT) {
+		migrating = ctx->migrating_sk;
+		/* Read once: the verifier takes a second load for another pointer. */
+		asm volatile("" : "+r"(migrating));
+	}
+	if (migrating)
+		peer_address(migrating, client);
+	else if (!client_address(ctx, ctx->eth_protocol, client))
 		return 0;
-	mask_client(client, ctx->eth_protocol == bpf_htons(ETH_P_IPV6));
+	mask_client(client);
 	return 1;
 }
 
@@ -558,7 +579,7 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 SEC("sk_reuseport/migrate")
 int rpsel_select(struct sk_reuseport_md *ctx)
 {
-	__u32 zero = 0, now, port, b, place, row;
+	__u32 zero = 0, now, port, b, place, row, kind = affinity;
 	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
 	struct bucket *first, *second;
 	__u64 identity, word;
@@ -570,7 +591,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 
 	now = clock();
 	waiting = waiting_at(cfg, now);
-	if (ctx->migrating_sk) {
+	if (ctx->migrating_sk && kind != AFFINITY_CLIENT) {
 		struct choice c = {};
 
 		/* A connection that waits in a closing TCP listener: it goes as a new one would. */
@@ -580,7 +601,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		return SK_PASS;
 	}
 
-	if (affinity == AFFINITY_NONE) {
+	if (kind == AFFINITY_NONE) {
 		/* A connection's SYN may come twice; each datagram stands for itself. */
 		__u32 hash = ctx->ip_protocol == IPPROTO_UDP ? bpf_get_prandom_u32() : ctx->hash;
 
@@ -589,7 +610,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 	}
 
 	/* Only what goes by the kernel's hash can be left where that had it. */
-	if (affinity != AFFINITY_FLOW)
+	if (kind != AFFINITY_FLOW)
 		waiting = unsettled(waiting);
 	if (!identify(ctx, cfg, &identity, &port)) {
 		COUNT(parse_error);
@@ -636,7 +657,7 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 		}
 	}
 	if (choose(ctx, word_slot(word), word_incarnation(word))) {
-		COUNT_SLOT(ctx, word_slot(word), hit);
+		COUNT_SLOT_OF(kind, ctx, word_slot(word), hit);
 		return SK_PASS;
 	}
 	if (frozen(cfg, now)) {

@@ -266,13 +266,13 @@ func TestMigratedIsCounted(t *testing.T) {
 				network, addr = "tcp6", "[::1]:1194"
 			}
 			t.Run(fmt.Sprintf("%s %s %s", policy, affinity, network), func(t *testing.T) {
-				migrated(t, loader.Options{Settle: -1, Policy: policy, Affinity: affinity}, network, addr)
+				countMigrated(t, loader.Options{Settle: -1, Policy: policy, Affinity: affinity}, network, addr)
 			})
 		}
 	}
 }
 
-func migrated(t *testing.T, o loader.Options, network, addr string) {
+func countMigrated(t *testing.T, o loader.Options, network, addr string) {
 	const n = 60
 	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	var listeners []*net.TCPListener

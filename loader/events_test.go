@@ -99,13 +99,13 @@ func byClient(events []loader.Event, kind loader.EventKind) map[int]int {
 }
 
 // answered is byClient as the answers of the servers s0, s1… in slots 0, 1… have it.
-func answered(c *testnet.Clients, answers []string, which func(string) bool) map[int]int {
+func answered(port func(client int) int, answers []string, which func(string) bool) map[int]int {
 	slots := map[int]int{}
 	for i, name := range answers {
 		var slot int
 		fmt.Sscanf(name, "s%d", &slot)
 		if which(name) {
-			slots[c.Port(i)] = slot
+			slots[port(i)] = slot
 		}
 	}
 	return slots
@@ -114,65 +114,91 @@ func answered(c *testnet.Clients, answers []string, which func(string) bool) map
 func anyServer(string) bool { return true }
 
 // Each thing that happens to a flow or a listener is told, once, with the slot of
-// the server that answered. Expired flows are, by the timer of the kernel or
-// without.
+// the server that answered, whatever the policy and the affinity. Expired flows are,
+// by the timer of the kernel or without.
 func TestWatch(t *testing.T) {
-	for _, timer := range []bool{true, false} {
-		t.Run(fmt.Sprintf("timer %v", timer), func(t *testing.T) {
-			if !timer {
+	for _, c := range []struct {
+		name    string
+		options loader.Options
+		noTimer bool
+	}{
+		{name: "timer"},
+		{name: "no timer", noTimer: true},
+		{name: "least", options: loader.Options{Policy: loader.PolicyLeast}},
+		{name: "rr", options: loader.Options{Policy: loader.PolicyRR}},
+		{name: "newest", options: loader.Options{Policy: loader.PolicyNewest}},
+		{name: "affinity client", options: loader.Options{Affinity: loader.AffinityClient}},
+		{name: "affinity bytes", options: loader.Options{Affinity: tooShort}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.noTimer {
 				defer loader.NoTimer()()
+			}
+			old, young := 50, 100 // flows
+			if c.options.Affinity == loader.AffinityClient {
+				old, young = 1, 1
 			}
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp6", Addr: "[::]:1194", ReusePort: true})
-			g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: 3 * time.Second})
+			c.options.Flows, c.options.Settle, c.options.IdleNew = 1000, -1, 3*time.Second
+			g := attach(t, fs, ns, c.options)
 			testnet.NewClients(t, ns, 50, "[::1]:1194").Ask() // before anybody reads
 			w := watch(t, g, nil)
 
 			clients := testnet.NewClients(t, ns, 100, "127.0.0.1:1194")
+			port := clients.Port
+			if young == 1 {
+				port = func(int) int { return 0 }
+			}
 			answers := clients.Ask()
-			events := w.await(100)
-			if diff := cmp.Diff(answered(clients, answers, anyServer), byClient(events, loader.EventNew)); diff != "" || len(events) != 100 {
+			events := w.await(young)
+			if diff := cmp.Diff(answered(port, answers, anyServer), byClient(events, loader.EventNew)); diff != "" || len(events) != young {
 				t.Errorf("%v: %s", kinds(events), diff)
 			}
 			events = nil
-			for got := 0; got < 100; got = len(byClient(events, loader.EventEstablished)) {
+			for got := 0; got < young; got = len(byClient(events, loader.EventEstablished)) {
 				clients.Ask()
 				events = append(events, w.await(0)...)
 			}
 			// The flows of before are not heard of again.
-			for got := 0; got < 50; got = kinds(events)[loader.EventExpire] {
+			for got := 0; got < old; got = kinds(events)[loader.EventExpire] {
 				clients.Ask()
 				events = append(events, w.await(0)...)
 			}
-			if diff := cmp.Diff(map[loader.EventKind]int{loader.EventEstablished: 100, loader.EventExpire: 50}, kinds(events)); diff != "" {
+			if diff := cmp.Diff(map[loader.EventKind]int{loader.EventEstablished: young, loader.EventExpire: old}, kinds(events)); diff != "" {
 				t.Error(diff)
 			}
 
-			servers.Close(1)
-			orphan := func(name string) bool { return name == "s1" }
-			orphans := answered(clients, answers, orphan)
+			dead := 1
+			if young == 1 {
+				fmt.Sscanf(answers[0], "s%d", &dead) // it has the only one
+			}
+			servers.Close(dead)
+			orphan := func(name string) bool { return name == fmt.Sprint("s", dead) }
+			orphans := answered(port, answers, orphan)
 			answers = clients.Ask()
 			events = w.await(1 + len(orphans))
 			got := byClient(events, loader.EventRehome)
 			for i, name := range answers {
-				if _, ok := orphans[clients.Port(i)]; ok && fmt.Sprint("s", got[clients.Port(i)]) != name {
-					t.Errorf("port %d: rehomed to slot %d, %s answers", clients.Port(i), got[clients.Port(i)], name)
+				if _, ok := orphans[port(i)]; ok && fmt.Sprint("s", got[port(i)]) != name {
+					t.Errorf("port %d: rehomed to slot %d, %s answers", port(i), got[port(i)], name)
 				}
 			}
-			if len(got) != len(orphans) || events[0].Kind != loader.EventLeave || events[0].Slot != 1 || events[0].PID == 0 || len(events) != 1+len(orphans) {
+			if len(got) != len(orphans) || events[0].Kind != loader.EventLeave || events[0].Slot != dead || events[0].PID == 0 || len(events) != 1+len(orphans) {
 				t.Errorf("%d orphans, first %+v, %v", len(orphans), events[0], kinds(events))
 			}
-			if i := slices.IndexFunc(events, func(e loader.Event) bool { return e.Kind == loader.EventRehome && e.From != 1 }); i >= 0 {
+			if i := slices.IndexFunc(events, func(e loader.Event) bool { return e.Kind == loader.EventRehome && e.From != dead }); i >= 0 {
 				t.Errorf("rehomed: %+v", events[i])
 			}
 
 			servers.Add()
 			attach(t, fs, ns, loader.Options{})
-			if err := g.Drain(2); err != nil {
+			drained := (dead + 1) % 3
+			if err := g.Drain(drained); err != nil {
 				t.Fatal(err)
 			}
 			told := w.await(2)
-			if err := g.Resume(2); err != nil {
+			if err := g.Resume(drained); err != nil {
 				t.Fatal(err)
 			}
 			told = append(told, w.await(1)...)
@@ -188,6 +214,9 @@ func TestWatch(t *testing.T) {
 			}
 			testnet.NewClients(t, ns, 50, "[::1]:1194").Ask()
 			again := watch(t, g, nil)
+			if _, err := g.Flush(nil); err != nil { // which is not told of
+				t.Fatal(err)
+			}
 			testnet.NewClients(t, ns, 1, "[::1]:1194").Ask()
 			if events := again.await(1); len(events) != 1 || events[0].Kind != loader.EventNew {
 				t.Errorf("what happened while nobody read is told: %+v", events)

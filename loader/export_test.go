@@ -3,6 +3,7 @@ package loader
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -26,7 +27,7 @@ func LosePatience() (restore func()) {
 
 // Vacancy chooses a slot for a process that has none.
 func Vacancy(records map[uint32]maps.Listener, now uint32) (uint32, error) {
-	return vacancy(process{}, &roll{records: records, running: map[process]bool{}}, now)
+	return vacancy(math.MaxUint64, process{}, &roll{records: records, running: map[process]bool{}}, now)
 }
 
 // SettleAfter makes a plan, runs change and settles by the plan. It returns the

@@ -183,7 +183,9 @@ func (g *Group) locked(f func() error) error {
 
 // Register gives a member of the group a slot and its share of new flows, once
 // the group has settled. No existing flow moves. A socket that has a slot keeps
-// it. Register borrows conn; the slot becomes empty when its socket closes.
+// it. Register borrows conn; the slot becomes empty when its socket closes, or, of
+// TCP, ends listening. If that listens again it is registered again: it has its
+// slot, weight and generation, and drains if it did.
 //
 // The group's record names the process that conn says it was borrowed from, by
 // a method Holder like the one of sockets.Conn, else the calling one.
@@ -263,7 +265,7 @@ func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
 		if len(fresh) == 0 {
 			return nil
 		}
-		return g.state.activate(now, fresh...)
+		return g.state.admit(now, fresh...)
 	})
 	if err != nil {
 		return nil, err
@@ -393,7 +395,7 @@ func (g *Group) join(members []sockets.Socket, now uint32) error {
 	for _, slot := range g.joined {
 		slots = append(slots, uint32(slot))
 	}
-	return g.state.activate(now, slots...)
+	return g.state.admit(now, slots...)
 }
 
 // seatAll puts sockets of other processes into slots, without a share yet. A

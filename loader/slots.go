@@ -168,12 +168,13 @@ func (s *state) repair(now uint32) (findings, error) {
 	return f, s.activate(now, f.late...)
 }
 
-// vacancy chooses the slot for a new listener of a process: one that a listener
-// of the same process left, else the one that has been dead for longest, or one
-// that was never used. Whose process runs keeps the record, which tells its
-// generation when it binds again, as long as there is another slot. Flows of the
-// dead one are told from the new one's by the incarnation.
-func vacancy(p process, r *roll, now uint32) (uint32, error) {
+// vacancy chooses the slot for a listener of a process: the one that this very
+// socket had, or one that a listener of the same process left, else the one that
+// has been dead for longest, or one that was never used. Whose process runs keeps
+// the record, which tells its generation when it binds again, as long as there is
+// another slot. Flows of the dead one are told from the new one's by the
+// incarnation.
+func vacancy(cookie uint64, p process, r *roll, now uint32) (uint32, error) {
 	type vacant struct {
 		slot uint32
 		own  int   // 0: of the same process
@@ -183,6 +184,9 @@ func vacancy(p process, r *roll, now uint32) (uint32, error) {
 	for slot, record := range r.records {
 		if record.Dead == 0 {
 			continue
+		}
+		if record.Cookie == cookie {
+			return slot, nil
 		}
 		v := vacant{slot, 1, maps.Age(now, record.Died)}
 		if p.has(record) {
@@ -213,30 +217,38 @@ func vacancy(p process, r *roll, now uint32) (uint32, error) {
 // that repair completes or takes back: first the state, then the number by
 // which the flows of the slot's last listener are none of the new one's, then
 // the record, then the socket. It keeps r up to date.
+//
+// A TCP socket that had ended listening and listens again is who it was: it has its
+// weight, its flows that no connection came for meanwhile, and drains if it did.
 func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (uint32, error) {
 	boot, err := bootSecond()
 	if err != nil {
 		return 0, err
 	}
 	p := processOf(m)
-	slot, err := vacancy(p, r, now)
+	slot, err := vacancy(m.Cookie, p, r, now)
 	if err != nil {
 		return 0, err
 	}
-	base, err := s.counters.Slot(slot)
-	if err != nil {
-		return 0, err
+	record, returns := r.records[slot], r.records[slot].Cookie == m.Cookie
+	record.Dead, record.Died = 0, 0
+	if !returns || s.listeners.State(slot) != maps.SlotDraining {
+		s.listeners.SetState(slot, maps.SlotJoining)
+		fault.Point("slot joining")
 	}
-	generation := s.generationOf(p, r, now, boot)
-	record := maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: generation, Joined: now, Pid: p.pid, Started: p.started, Cgroup: m.Cgroup}
-	if len(m.Holders) > 0 {
-		record.Command = packCommand(m.Holders[0].Command)
+	if !returns {
+		base, err := s.counters.Slot(slot)
+		if err != nil {
+			return 0, err
+		}
+		record = maps.Listener{Cookie: m.Cookie, Base: base, Weight: 1, Generation: s.generationOf(p, r, now, boot), Joined: now, Pid: p.pid, Started: p.started, Cgroup: m.Cgroup}
+		if len(m.Holders) > 0 {
+			record.Command = packCommand(m.Holders[0].Command)
+		}
+		s.listeners.NextIncarnation(slot)
+		s.loads.Set(slot, 0)
+		fault.Point("slot numbered")
 	}
-	s.listeners.SetState(slot, maps.SlotJoining)
-	fault.Point("slot joining")
-	s.listeners.NextIncarnation(slot)
-	s.loads.Set(slot, 0)
-	fault.Point("slot numbered")
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err
 	}
@@ -245,7 +257,7 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 	if err == nil {
 		r.records[slot], r.cookies[slot] = record, m.Cookie
 		fault.Point("socket in slot")
-		s.enroll(generation, r, boot)
+		s.enroll(record.Generation, r, boot)
 		return slot, nil
 	}
 	delete(r.records, slot)
@@ -266,6 +278,14 @@ func describe(m sockets.Socket) string {
 		holders = append(holders, h.String())
 	}
 	return strings.Join(holders, ", ")
+}
+
+// admit gives slots that were filled their share: not the one of a socket that
+// drains, and is back.
+func (s *state) admit(now uint32, slots ...uint32) error {
+	return s.activate(now, slices.DeleteFunc(slices.Clone(slots), func(slot uint32) bool {
+		return s.listeners.State(slot) == maps.SlotDraining
+	})...)
 }
 
 // activate gives slots their share, and repairs the pick table.

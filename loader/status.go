@@ -26,6 +26,9 @@ type Listener struct {
 	// one that held it when it joined.
 	PID     int
 	Command string
+	// Holders are all processes that hold it now, PID the first of them: servers
+	// that fork may share a listener. None if they cannot be seen.
+	Holders []int
 	// State is "active", "draining" or "dead".
 	State string
 	// Weight is its share of new flows, relative to the others'; 0 while it
@@ -45,6 +48,9 @@ type Listener struct {
 	// Joined is how long ago it was registered.
 	Joined time.Duration
 }
+
+// HeldBy reports whether the listener is a process's, be it with others.
+func (l Listener) HeldBy(pid int) bool { return l.PID == pid || slices.Contains(l.Holders, pid) }
 
 // RecentTime is what Listener.Recent looks back.
 const RecentTime = 10 * time.Second
@@ -206,6 +212,11 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 			l.RxQueue, l.Drops = int(m.RxQueue), int(m.Drops)
 			if len(m.Holders) > 0 {
 				l.PID, l.Command = m.Holders[0].PID, m.Holders[0].Command
+			}
+			for _, h := range m.Holders {
+				if !slices.Contains(l.Holders, h.PID) {
+					l.Holders = append(l.Holders, h.PID)
+				}
 			}
 			delete(members, cookie)
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -28,7 +29,7 @@ var (
 	// ErrMPTCP: the kernel keeps MPTCP sockets out of socket arrays
 	// (kernel/bpf/reuseport_array.c reuseport_array_update_check), while the
 	// TCP socket below takes its part in the reuseport group.
-	ErrMPTCP = errors.New("MPTCP listener cannot be registered: start a Go server with GODEBUG=multipathtcp=0, or use ListenConfig.SetMultipathTCP(false)")
+	ErrMPTCP = errors.New("MPTCP listener cannot be registered: " + plainTCP)
 	// ErrTunnel: a tunnel in the kernel receives this socket's packets.
 	ErrTunnel = errors.New("socket of a kernel tunnel cannot be registered: start OpenVPN with --disable-dco; WireGuard, VXLAN and IPsec ports cannot be shared")
 	// ErrInUse: sk_user_data, of which a socket has one, is taken. A member
@@ -46,6 +47,32 @@ var (
 	// ErrOtherUID: the socket and the group differ in the owner.
 	ErrOtherUID = errors.New("socket of another user: start all servers of the port as one user")
 )
+
+// plainTCP is the way out of trouble with MPTCP.
+const plainTCP = "start a Go server with GODEBUG=multipathtcp=0, or use ListenConfig.SetMultipathTCP(false), or start it after sysctl net.mptcp.enabled=0"
+
+// Mixed says of each MPTCP listener of a group that has others, in a line, what
+// comes of it: the kernel's hash gives it its share, a program cannot pick it.
+func (g Group) Mixed() (warnings []string) {
+	if !slices.ContainsFunc(g.Members, func(m Socket) bool { return !m.MPTCP }) {
+		return nil
+	}
+	for _, m := range g.Members {
+		if m.MPTCP {
+			warnings = append(warnings, m.Starves())
+		}
+	}
+	return warnings
+}
+
+// Starves says what comes of an MPTCP listener in a group with others.
+func (s Socket) Starves() string {
+	name := fmt.Sprintf("socket %d", s.Cookie)
+	if len(s.Holders) > 0 {
+		name = s.Holders[0].String()
+	}
+	return fmt.Sprintf("%s has an MPTCP listener, others of the group have not: while the program is attached it gets no connection: %s", name, plainTCP)
+}
 
 // oneUser is the way out of trouble with owners.
 const oneUser = `start all servers as one user (OpenVPN: no "user nobody", but User= in its unit)`

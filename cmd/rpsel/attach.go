@@ -227,6 +227,11 @@ func (a *attachment) plan() ([]job, error) {
 		for _, u := range j.plan.Skipped {
 			a.env.warn("%s: left out: %v", a.groupName(g.Key), u.Reason)
 		}
+		if a.dryRun { // else the status at the end says so
+			for _, warning := range g.Mixed() {
+				a.env.warn("%s: %s", a.groupName(g.Key), warning)
+			}
+		}
 		jobs = append(jobs, j)
 	}
 	return jobs, nil

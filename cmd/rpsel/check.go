@@ -349,6 +349,9 @@ func (c *checker) group(g sockets.Group) {
 	default:
 		c.note(name, "attach", true, "%s to register", plural(len(plan.Register), "listener"))
 	}
+	for _, warning := range g.Mixed() {
+		c.note(name, "every listener", false, "%s", warning)
+	}
 	refused := map[uint64]error{}
 	for _, u := range plan.Skipped {
 		refused[u.Socket.Cookie] = u.Reason

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -64,10 +65,13 @@ func (t *target) find(cmd *cobra.Command) (groups []*loader.Group, _ []chosen, e
 	if err := (flowFilter{slot: t.slot, pid: t.pid}).check(list); err != nil {
 		return nil, nil, err
 	}
+	if err := needOwn(t.pid, list); err != nil {
+		return nil, nil, err
+	}
 	var found []chosen
 	for i, status := range list {
 		for _, l := range status.Listeners {
-			if l.State != "dead" && (l.Slot == t.slot || l.PID == t.pid) {
+			if l.State != "dead" && (l.Slot == t.slot || t.pid != 0 && l.HeldBy(t.pid)) {
 				found = append(found, chosen{groups[i], l})
 			}
 		}
@@ -157,7 +161,7 @@ listener is resumed meanwhile, or its group detached.`,
 				if err := l.group.Drain(l.Slot); err != nil {
 					return err
 				}
-				e.say("%s: %s, %s", l.name(&t.scope), already(l.State == "draining", "draining"), plural(l.Flows, "flow"))
+				e.say("%s: %s, %s%s", l.name(&t.scope), already(l.State == "draining", "draining"), plural(l.Flows, "flow"), sharedWith(l.Listener))
 			}
 			if err := warnAllDraining(e, &t.scope, groups); err != nil {
 				return err
@@ -179,6 +183,15 @@ listener is resumed meanwhile, or its group detached.`,
 	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
 	return cmd
+}
+
+// sharedWith names other processes that have the same listener, which drains for them too.
+func sharedWith(l loader.Listener) string {
+	others := slices.DeleteFunc(slices.Clone(l.Holders), func(pid int) bool { return pid == l.PID })
+	if len(others) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; it is also that of pid %s", strings.Trim(strings.ReplaceAll(fmt.Sprint(others), " ", ", "), "[]"))
 }
 
 // already says that something is so, or was before.

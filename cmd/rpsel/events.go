@@ -35,7 +35,7 @@ interrupted. With --json each is an object.
 Only one process can read a group's events at a time. While none does they cost
 nothing.`,
 		Example: `  rpsel events --port 1194
-  rpsel events -j`,
+  rpsel events -N all -j`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
@@ -53,6 +53,7 @@ nothing.`,
 		},
 	}
 	s.addGroupFlags(cmd)
+	cmd.Flags().Lookup("netns").Usage = allNetNSUsage
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
@@ -68,7 +69,10 @@ func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJ
 	results := make(chan error)
 	for _, g := range groups {
 		go func() {
-			name := s.groupName(g.Key())
+			name, netns := s.groupName(g.Key()), s.inodeOf(g.Key())
+			if s.netns == allNetNS {
+				name += fmt.Sprintf(" netns %d", netns)
+			}
 			ready := func() {
 				printing.Lock()
 				defer printing.Unlock()
@@ -77,7 +81,7 @@ func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJ
 			results <- g.Watch(ctx, ready, func(events []loader.Event) error {
 				printing.Lock()
 				defer printing.Unlock()
-				return writeEvents(e, g.Key(), name, events, asJSON)
+				return writeEvents(e, g.Key(), netns, name, events, asJSON)
 			})
 		}()
 	}
@@ -102,13 +106,14 @@ type eventJSON struct {
 	Command string  `json:"command"`
 	From    *int    `json:"from_slot"` // of a rehomed flow
 	Dropped *int    `json:"dropped"`   // null: not known, or not that event
+	NetNS   uint64  `json:"netns"`     // 0: its servers had gone
 }
 
-func writeEvents(e *env, key loader.Key, name string, events []loader.Event, asJSON bool) error {
+func writeEvents(e *env, key loader.Key, netns uint64, name string, events []loader.Event, asJSON bool) error {
 	w := bufio.NewWriterSize(e.out, 1<<16)
 	for _, event := range events {
 		if asJSON {
-			if err := writeJSON(w, newEventJSON(key, event)); err != nil {
+			if err := writeJSON(w, newEventJSON(key, netns, event)); err != nil {
 				return err
 			}
 			continue
@@ -137,11 +142,11 @@ func writeEvents(e *env, key loader.Key, name string, events []loader.Event, asJ
 	return w.Flush()
 }
 
-func newEventJSON(key loader.Key, event loader.Event) eventJSON {
+func newEventJSON(key loader.Key, netns uint64, event loader.Event) eventJSON {
 	j := eventJSON{
 		Time: event.Time.UTC().Format(time.RFC3339Nano), Event: string(event.Kind),
 		Proto: key.Proto.String(), Local: key.Addr.String(),
-		PID: event.PID, Command: event.Command, From: nullIfNegative(event.From),
+		PID: event.PID, Command: event.Command, From: nullIfNegative(event.From), NetNS: netns,
 	}
 	if event.Client.IsValid() {
 		client := event.Client.String()

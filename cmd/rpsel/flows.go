@@ -40,11 +40,11 @@ func (f flowFilter) check(list []loader.Status) error {
 	return nil
 }
 
-// match tells whether a flow, whose listener is of process pid, is chosen.
-func (f flowFilter) match(flow loader.Flow, pid int) bool {
+// match tells whether a flow is chosen, whose listener is l, or nobody any more.
+func (f flowFilter) match(flow loader.Flow, l *loader.Listener) bool {
 	return (!f.client.IsValid() || flow.From(f.client)) &&
 		(f.slot < 0 || f.slot == flow.Slot) &&
-		(f.pid == 0 || f.pid == pid) &&
+		(f.pid == 0 || pidOf(flow, l) != 0 && l.HeldBy(f.pid)) &&
 		(f.state == maps.Empty || f.state == flow.State)
 }
 
@@ -153,8 +153,8 @@ func eachFlow(groups []*loader.Group, filter flowFilter, f func(group int, flow 
 			if err != nil {
 				return err
 			}
-			if pid := pidOf(flow, &listeners[flow.Slot]); filter.match(flow, pid) {
-				f(i, flow, pid, ruleOf(flow, list[i].Policy))
+			if l := &listeners[flow.Slot]; filter.match(flow, l) {
+				f(i, flow, pidOf(flow, l), ruleOf(flow, list[i].Policy))
 			}
 		}
 	}

@@ -70,7 +70,7 @@ func flush(e *env, s *scope, groups []*loader.Group, filter flowFilter, asJSON b
 	}{schema, []flushedJSON{}}
 	text := ""
 	for _, g := range groups {
-		n, err := g.Flush(func(f loader.Flow) bool { return filter.match(f, 0) })
+		n, err := g.Flush(func(f loader.Flow) bool { return filter.match(f, nil) })
 		if err != nil {
 			return err
 		}

@@ -15,6 +15,8 @@ import (
 // allNetNS is what -N takes instead of a namespace where that makes sense.
 const allNetNS = "all"
 
+const allNetNSUsage = "network namespace: `NAME`, path or pid, or \"all\" (default: this one)"
+
 // protocol is UDP for a port unless --proto says otherwise; 0 is both.
 func (s *scope) protocol() sockets.Proto {
 	if s.proto == 0 && s.port != 0 {
@@ -169,12 +171,31 @@ func needSlot(slot int, list []loader.Status) error {
 func needPID(pid int, list []loader.Status) error {
 	for _, s := range list {
 		for _, l := range s.Listeners {
-			if l.PID == pid {
+			if l.HeldBy(pid) {
 				return nil
 			}
 		}
 	}
 	return notFound(`pid %d: has no listener here: "rpsel status" lists them`, pid)
+}
+
+// needOwn refuses a process that has several listeners of a group together with
+// one that comes before it, as each worker of nginx has those of all: which of them
+// it serves cannot be told.
+func needOwn(pid int, list []loader.Status) error {
+	for _, s := range list {
+		shared, first := 0, 0
+		for _, l := range s.Listeners {
+			if l.State != "dead" && l.HeldBy(pid) && l.PID != pid {
+				shared++
+				first = l.PID
+			}
+		}
+		if shared > 1 {
+			return usageError("--pid %d: it has %d listeners together with pid %d, and which of them it serves cannot be told: choose one by --slot", pid, shared, first)
+		}
+	}
+	return nil
 }
 
 func listenerIn(s loader.Status, slot int) (loader.Listener, bool) {

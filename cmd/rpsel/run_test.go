@@ -83,10 +83,14 @@ func TestRunUsage(t *testing.T) {
 
 // A server that is started through run joins its attached group by itself, and
 // takes no flow; on a port where nothing is attached run leaves it at that. A
-// server with many sockets registers them all.
+// server with many sockets registers them all, be it long after they were bound.
 func TestRunRegisters(t *testing.T) {
-	for _, network := range []string{"udp4", "udp6", "tcp4"} {
-		t.Run(network, func(t *testing.T) {
+	for _, c := range []struct {
+		network string
+		late    bool // they listen some time after they were bound
+	}{{"udp4", false}, {"udp6", false}, {"tcp4", false}, {"tcp4", true}} {
+		network := c.network
+		t.Run(network+map[bool]string{true: ", late"}[c.late], func(t *testing.T) {
 			ns, bpffs := testnet.New(t), testnet.BPFFS(t)
 			const n = 16
 			options := testnet.ServerOptions{
@@ -112,8 +116,16 @@ func TestRunRegisters(t *testing.T) {
 				clients = testnet.NewTCPClients(t, ns, 200, options.Addr)
 			}
 			before := clients.Ask()
-			options.Name = "b"
+			options.Name, options.Bound = "b", c.late
 			b := testnet.StartGroup(t, ns, n, options)
+			if c.late {
+				if out := rpselDone("status", "--json"); strings.Count(out, `"slot":`) != 1 {
+					t.Errorf("they do not listen yet: %s", out)
+				}
+				for i := range n {
+					b.Listen(i, 512)
+				}
+			}
 			var status struct {
 				Groups []struct {
 					Settling     int               `json:"settling_seconds"`
@@ -156,7 +168,7 @@ func TestRunRegisters(t *testing.T) {
 			// The control: without a group it is plain Linux.
 			rpselDone("detach")
 			before = clients.Ask()
-			options.Name = "c"
+			options.Name, options.Bound = "c", false
 			testnet.StartGroup(t, ns, n, options)
 			if moved := testnet.Moved(before, clients.Ask()); moved == 0 {
 				t.Error("no flow moved without a program")

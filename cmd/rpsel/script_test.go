@@ -69,13 +69,15 @@ func without() {
 //	serve NAME NETWORK ADDR OPT… start a server of 1 socket; options are a
 //	                             number of sockets, plain (no SO_REUSEPORT),
 //	                             v6only, mptcp, cpu (SO_INCOMING_CPU), uid=N,
-//	                             cgroup (in one of its own).
-//	                             Sets $NAME to its pid
+//	                             cgroup (in one of its own),
+//	                             hold (accept no connection), of=NAME (the socket
+//	                             of that server). Sets $NAME to its pid
 //	layout1 PORT                 attach as an rpsel of layout 1 did
 //	layout PORT N                write another layout into a udp group's state
 //	foreign PORT                 attach a program that is not rpsel's
 //	die NAME                     kill it
 //	ask NAME [N ADDR]            let N new flows, or those of before, ask
+//	call NAME [N ADDR]           the same with N new connections
 //	moved NAME none|some [SERVER…]  how many moved at the last ask, but for
 //	                             those of these servers' sockets
 //	served NAME none|some SERVER how many a server's socket answered
@@ -105,6 +107,7 @@ func TestScripts(t *testing.T) {
 			"serve":     inWorld((*world).serve),
 			"die":       inWorld((*world).die),
 			"ask":       inWorld((*world).ask),
+			"call":      inWorld((*world).call),
 			"moved":     inWorld((*world).moved),
 			"served":    inWorld((*world).served),
 			"reading":   inWorld((*world).reading),
@@ -195,6 +198,7 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 	n := 1
 	for _, opt := range args[3:] {
 		uid, isUID := strings.CutPrefix(opt, "uid=")
+		owner, isOf := strings.CutPrefix(opt, "of=")
 		var err error
 		switch {
 		case opt == "plain":
@@ -207,14 +211,21 @@ func (w *world) serve(ts *testscript.TestScript, args []string) {
 			o.Sockopts = []testnet.Sockopt{{Level: unix.SOL_SOCKET, Name: unix.SO_INCOMING_CPU, Value: 0}}
 		case opt == "cgroup":
 			o.Cgroup = w.cgroup(ts)
+		case opt == "hold":
+			o.Hold = true
 		case isUID:
 			o.UID, err = strconv.Atoi(uid)
+		case isOf:
+			o.Socket, err = w.copySocket(w.servers[owner])
 		default:
 			n, err = strconv.Atoi(opt)
 		}
 		ts.Check(err)
 	}
 	s := testnet.StartGroup(w.t, w.ns, n, o)
+	if o.Socket != nil {
+		o.Socket.Close()
+	}
 	w.servers[args[0]] = s
 	ts.Setenv(args[0], strconv.Itoa(s.PID()))
 }
@@ -224,6 +235,41 @@ func (w *world) cgroup(ts *testscript.TestScript) string {
 	root, err := cgroup.Root()
 	ts.Check(err)
 	return testnet.Cgroup(w.t, root)
+}
+
+// copySocket copies the descriptor of a server's socket.
+func (w *world) copySocket(s *testnet.Server) (copied *os.File, err error) {
+	groups, err := sockets.Find(sockets.Query{NetNS: w.ns.Cookie(), Port: s.Addr.Port()})
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range groups {
+		for _, m := range g.Members {
+			if len(m.Holders) > 0 && m.Holders[0].PID == s.PID() {
+				return dup(m)
+			}
+		}
+	}
+	return nil, fmt.Errorf("pid %d has no socket", s.PID())
+}
+
+func dup(m sockets.Socket) (copied *os.File, err error) {
+	conn, err := m.Take()
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	controlErr := raw.Control(func(fd uintptr) {
+		var n int
+		if n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			copied = os.NewFile(uintptr(n), "socket")
+		}
+	})
+	return copied, errors.Join(err, controlErr)
 }
 
 // await waits for an agent to do its work.
@@ -278,10 +324,18 @@ func (w *world) layout(ts *testscript.TestScript, args []string) {
 func (w *world) die(_ *testscript.TestScript, args []string) { w.servers[args[0]].Kill() }
 
 func (w *world) ask(ts *testscript.TestScript, args []string) {
+	w.answers(ts, args, testnet.NewClients)
+}
+
+func (w *world) call(ts *testscript.TestScript, args []string) {
+	w.answers(ts, args, testnet.NewTCPClients)
+}
+
+func (w *world) answers(ts *testscript.TestScript, args []string, newClients func(testing.TB, *testnet.NetNS, int, string) *testnet.Clients) {
 	if len(args) == 3 {
 		n, err := strconv.Atoi(args[1])
 		ts.Check(err)
-		w.clients[args[0]] = &clients{Clients: testnet.NewClients(w.t, w.ns, n, args[2])}
+		w.clients[args[0]] = &clients{Clients: newClients(w.t, w.ns, n, args[2])}
 	}
 	c := w.clients[args[0]]
 	c.before, c.now = c.now, c.Ask()

@@ -49,7 +49,7 @@ socket's own.`,
 		},
 	}
 	s.addGroupFlags(cmd)
-	cmd.Flags().Lookup("netns").Usage = "network namespace: `NAME`, path or pid, or \"all\" (default: this one)"
+	cmd.Flags().Lookup("netns").Usage = allNetNSUsage
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	addNoHeaderFlag(cmd, &noHeader)

@@ -48,7 +48,7 @@ All groups are checked before one is changed.`,
 	}
 	s.addGroupFlags(cmd)
 	flags := cmd.Flags()
-	flags.Lookup("netns").Usage = "network namespace: `NAME`, path or pid, or \"all\" (default: this one)"
+	flags.Lookup("netns").Usage = allNetNSUsage
 	flags.Var(numberValue{&o.Flows, loader.MinFlows, loader.MaxFlows}, "flows", "`NUMBER` of flows the table is to hold (default: as many as before)")
 	flags.BoolVar(&o.DryRun, "dry-run", false, "only say what would be done")
 	s.addBPFFSFlag(cmd)

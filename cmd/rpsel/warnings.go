@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/rpsel/rpsel/loader"
@@ -23,6 +24,11 @@ func warnings(s loader.Status) []string {
 	default:
 		list = append(list, `no listener is left: start one and "rpsel attach" it, or "rpsel detach" to remove the state`)
 	}
+	for _, u := range s.Unregistered {
+		if u.Socket.MPTCP && s.Attached && serves(s) {
+			list = append(list, u.Socket.Starves())
+		}
+	}
 	if tableRunsFull(s) {
 		way := fmt.Sprintf(`"rpsel upgrade --port %d --flows %d" makes room`, s.Key.Addr.Port(), min(2*s.Capacity, loader.MaxFlows))
 		if s.Capacity >= loader.MaxFlows {
@@ -36,6 +42,11 @@ func warnings(s loader.Status) []string {
 			"--affinity bytes (of the payload), if clients change their port --affinity client, if they are silent for longer than %v --idle", share, s.Idle))
 	}
 	return list
+}
+
+// serves tells whether a listener is registered that the program can pick.
+func serves(s loader.Status) bool {
+	return slices.ContainsFunc(s.Listeners, func(l loader.Listener) bool { return l.State != "dead" })
 }
 
 // tableRunsFull is said from 90 % on: the table finds room for as many flows as it

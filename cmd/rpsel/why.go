@@ -51,7 +51,7 @@ The rules are:
 				return err
 			}
 			if len(answers) == 0 {
-				return notFound(`%s: no tracked flow of this client: "rpsel flows" lists them`, args[0])
+				return unknownClient(args[0], groups)
 			}
 			if asJSON {
 				return writeJSON(e.out, struct {
@@ -71,6 +71,19 @@ The rules are:
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	return cmd
+}
+
+// unknownClient says that a client has no flow, and where none can have one.
+func unknownClient(client string, groups []*loader.Group) error {
+	list, err := statuses(groups)
+	if err != nil {
+		return err
+	}
+	tracks := func(s loader.Status) bool { return s.Affinity != loader.AffinityNone }
+	if len(list) > 0 && !slices.ContainsFunc(list, tracks) {
+		return notFound(`%s: nothing is tracked with affinity none: whatever opens or sends next is given out anew, "rpsel attach --affinity client" keeps a client together`, client)
+	}
+	return notFound(`%s: no tracked flow of this client: "rpsel flows" lists them`, client)
 }
 
 // parseClient takes ADDR, ADDR:PORT or [ADDR]:PORT. Port 0 is every port.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -137,8 +138,10 @@ type keeper struct {
 	inbox   *inbox
 	ended   chan error // of the watcher
 	door    *door.Door
-	polling *time.Ticker // stopped while the kernel tells
-	polled  map[uint64]*polled
+	// announced are the services as the door's goroutines see them.
+	announced atomic.Pointer[[]*config.Service]
+	polling   *time.Ticker // stopped while the kernel tells
+	polled    map[uint64]*polled
 }
 
 // start does what has to be done before the agent is ready. An error means that
@@ -150,13 +153,14 @@ func (k *keeper) start(ctx context.Context) error {
 	if err := k.recover(); err != nil {
 		return err
 	}
-	opened, err := door.Open(k.claim.dir, owner.Groups{FS: k.FS})
+	opened, err := door.Open(k.claim.dir, owner.Groups{FS: k.FS, Coming: k.coming})
 	if err != nil {
 		return fmt.Errorf("open the door for owners: %w", err)
 	}
 	k.door = opened
 	k.forcePins()
 	k.refresh()
+	k.openDoors()
 	k.watch(ctx)
 	if err := k.sweep(); err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 
+	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/force"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
@@ -113,15 +114,37 @@ func (k *keeper) housekeep(g *group) {
 	}
 }
 
-// openDoors lets the owners of groups in, and nobody else.
+// openDoors lets the owners of groups in, those of services whose first server is
+// yet to come, and nobody else.
 func (k *keeper) openDoors() {
+	services := k.services
+	k.announced.Store(&services)
 	var owners []uint32
-	for _, g := range k.groups {
-		if uid, ok := g.Owner(); ok && !slices.Contains(owners, uid) {
+	add := func(uid uint32) {
+		if !slices.Contains(owners, uid) {
 			owners = append(owners, uid)
 		}
 	}
+	for _, g := range k.groups {
+		if uid, ok := g.Owner(); ok {
+			add(uid)
+		}
+	}
+	for _, s := range k.services {
+		if uid := s.Options.Owner; uid != nil && *uid != loader.NoOwner {
+			add(*uid)
+		}
+	}
 	k.fails("doors", k.door.SetOwners(owners))
+}
+
+// coming reports whether a group belongs to a service whose owner is this user, as
+// far as can be told without a look at namespaces. It may be called concurrently.
+func (k *keeper) coming(uid uint32, key loader.Key) bool {
+	return slices.ContainsFunc(*k.announced.Load(), func(s *config.Service) bool {
+		return s.Options.Owner != nil && *s.Options.Owner == uid && s.Proto == key.Proto && s.Port == key.Addr.Port() &&
+			(!s.Addr.IsValid() || s.Addr == key.Addr.Addr())
+	})
 }
 
 // forcePins pins the programs that force SO_REUSEPORT for the services that want

@@ -61,7 +61,7 @@ func (k *keeper) keep(live sockets.Group) {
 	// group.
 	k.fails(fmt.Sprint("keep ", live.Key, live.Kernel), err, k.attrs(live)...)
 	k.warnOwners(live.Key)
-	for _, warning := range live.Renounced() {
+	for _, warning := range append(live.Renounced(), live.Mixed()...) {
 		k.complains(warning, warning, k.attrs(live)...)
 	}
 }

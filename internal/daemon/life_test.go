@@ -557,6 +557,29 @@ func TestOtherOwner(t *testing.T) {
 	}
 }
 
+// The first server of a service registers as soon as it is bound, and drains: its
+// owner's door is open before there is any group, and the request waits for the
+// attach.
+func TestOwnerAtOnce(t *testing.T) {
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	start(t, bpffs, service(ns, 1194, `owner = "nobody"`))
+	dir, err := agent.Dir(bpffs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, UID: 65534})
+	for _, ask := range []string{"register", "drain", "resume"} {
+		if _, err := s.AskAgent(0, ask, dir); err != nil {
+			t.Errorf("%s: %v", ask, err)
+		}
+	}
+	// Another port of the same user is nobody's to give.
+	other := testnet.StartServer(t, ns, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1195", ReusePort: true, UID: 65534})
+	if _, err := other.AskAgent(0, "register", dir); !strings.Contains(fmt.Sprint(err), "no rpsel state") {
+		t.Errorf("a port without a service: %v", err)
+	}
+}
+
 // The agent ends although somebody else has the lock that it waits for.
 func TestEndsWhileLocked(t *testing.T) {
 	ns, fs := testnet.New(t), testnet.BPFFS(t)

@@ -103,6 +103,7 @@ func (k *keeper) reload() {
 		}
 	}
 	k.forcePins()
+	k.openDoors()
 	k.watchPorts()
 	k.trySweep()
 	k.notify("READY=1\n" + k.statusLine())

@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/loader"
@@ -53,7 +54,16 @@ func Name(uid uint32) string {
 // that it does not matter where the client lives.
 type Groups struct {
 	FS loader.FS
+	// Coming reports whether the agent is going to attach a group, with this
+	// user as its owner, when it has noticed that the group is there. It is
+	// called concurrently. Nil: it attaches none.
+	Coming func(uid uint32, key loader.Key) bool
 }
+
+// attachPatience is how long a server that registers at once after its bind waits
+// for the agent to attach its group. It takes milliseconds, or a quarter of a
+// second where the agent has to poll.
+const attachPatience = 2 * time.Second
 
 var _ door.Handler = Groups{}
 
@@ -100,18 +110,32 @@ func (o Groups) with(p door.Peer, conn syscall.Conn, f func(*loader.Group) error
 	if key.UID != p.UID {
 		return fmt.Errorf("%s: %w: the socket is uid %d's, you are uid %d", key, errNotOwner, key.UID, p.UID)
 	}
-	g, err := o.FS.Open(key)
-	if errors.Is(err, loader.ErrNotAttached) {
-		return fmt.Errorf("%s: %w: \"rpsel attach --port %d --owner %d\" makes it", key, loader.ErrNotAttached, key.Addr.Port(), p.UID)
+	g, err := o.open(p, key)
+	for deadline := time.Now().Add(attachPatience); err != nil && o.Coming != nil && o.Coming(p.UID, key) && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond) // nothing tells of it
+		g, err = o.open(p, key)
 	}
 	if err != nil {
 		return err
 	}
 	defer g.Close()
-	if uid, ok := g.Owner(); !ok || uid != p.UID {
-		return fmt.Errorf("%s: %w: the group has no owner: \"rpsel attach --port %d --owner %d\" gives it one", key, errNotOwner, key.Addr.Port(), p.UID)
-	}
 	return f(g)
+}
+
+// open opens a group that is the peer's.
+func (o Groups) open(p door.Peer, key loader.Key) (*loader.Group, error) {
+	g, err := o.FS.Open(key)
+	if errors.Is(err, loader.ErrNotAttached) {
+		return nil, fmt.Errorf("%s: %w: \"rpsel attach --port %d --owner %d\" makes it", key, loader.ErrNotAttached, key.Addr.Port(), p.UID)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if uid, ok := g.Owner(); !ok || uid != p.UID {
+		g.Close()
+		return nil, fmt.Errorf("%s: %w: the group has no owner: \"rpsel attach --port %d --owner %d\" gives it one", key, errNotOwner, key.Addr.Port(), p.UID)
+	}
+	return g, nil
 }
 
 // onSlot changes the slot that the socket is in, and no other: as long as the

@@ -26,7 +26,8 @@ const envServe = "RPSEL_TESTNET_SERVE"
 // work is what a server process does.
 type work struct {
 	ServerOptions
-	Names []string // of the sockets, in the order they are bound
+	Names     []string // of the sockets, in the order they are bound
+	Inherited bool     // the only socket is descriptor 3
 }
 
 // Main is a TestMain for packages whose tests start servers or Build the command.
@@ -76,6 +77,16 @@ func (w *work) serve() error {
 		event := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
 		return os.NewSyscallError("epoll_ctl", unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event))
 	}
+	// A TCP socket that does not listen would be reported all the time.
+	serving := func(fd int) error {
+		if w.Hold {
+			return nil
+		}
+		if err := watch(fd); !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+		return nil
+	}
 	var listeners []int           // descriptors by index
 	names := make(map[int]string) // of listeners, by descriptor
 	add := func(name string) error {
@@ -85,7 +96,10 @@ func (w *work) serve() error {
 		}
 		listeners = append(listeners, fd)
 		names[fd] = name
-		return watch(fd)
+		if w.Bound {
+			return nil
+		}
+		return serving(fd)
 	}
 	for _, name := range w.Names {
 		if err := add(name); err != nil {
@@ -112,13 +126,26 @@ func (w *work) serve() error {
 				if n <= 0 {
 					return err // the test has ended
 				}
-				var index int
+				var index, backlog int
 				order := strings.TrimSuffix(string(buf[:n]), "\n")
 				if name, ok := strings.CutPrefix(order, "add "); ok {
 					err = add(name)
 				} else if _, err = fmt.Sscanf(order, "close %d", &index); err == nil {
 					delete(names, listeners[index])
 					err = w.close(listeners[index])
+				} else if order == "accept" {
+					w.Hold, err = false, nil
+					for listener := range names {
+						err = errors.Join(err, serving(listener))
+					}
+				} else if _, err = fmt.Sscanf(order, "shutdown %d", &index); err == nil {
+					unix.EpollCtl(epoll, unix.EPOLL_CTL_DEL, listeners[index], nil)
+					err = os.NewSyscallError("shutdown", unix.Shutdown(listeners[index], unix.SHUT_RD))
+				} else if _, err = fmt.Sscanf(order, "listen %d %d", &index, &backlog); err == nil {
+					err = os.NewSyscallError("listen", unix.Listen(listeners[index], backlog))
+					if err == nil {
+						err = serving(listeners[index])
+					}
 				} else if _, err = fmt.Sscanf(order, "ask %d", &index); err == nil {
 					fmt.Println(askAgent(listeners[index], strings.Fields(order)[2:]))
 					continue
@@ -193,6 +220,9 @@ func (w *work) stream() bool { return strings.HasPrefix(w.Network, "tcp") }
 
 // bind makes a socket, and turns port 0 in w.Addr into the one it got.
 func (w *work) bind() (int, error) {
+	if w.Inherited {
+		return 3, nil
+	}
 	addr, err := netip.ParseAddrPort(w.Addr)
 	if err != nil {
 		return -1, err
@@ -231,7 +261,7 @@ func (w *work) bind() (int, error) {
 	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
 		return -1, os.NewSyscallError("bind", err)
 	}
-	if w.stream() {
+	if w.stream() && !w.Bound {
 		if err := unix.Listen(fd, unix.SOMAXCONN); err != nil {
 			return -1, os.NewSyscallError("listen", err)
 		}

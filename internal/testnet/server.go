@@ -33,6 +33,14 @@ type ServerOptions struct {
 	V6Only bool
 	// MPTCP makes MPTCP listeners of TCP ones.
 	MPTCP bool
+	// Hold keeps a TCP server from accepting connections until Accept.
+	Hold bool
+	// Bound keeps TCP sockets from listening until Listen. Servers are reported
+	// as soon as they are bound.
+	Bound bool
+	// Socket is a listener to serve instead of making one, for a server with one
+	// socket. The caller closes it.
+	Socket *os.File `json:"-"`
 	// UID is the user the process becomes before it makes its sockets.
 	UID int
 	// Sockopts are set before bind.
@@ -101,6 +109,7 @@ func StartGroup(t testing.TB, ns *NetNS, n int, o ServerOptions) *Server {
 // start starts this very program, which MaybeServe turns into a server.
 func start(t testing.TB, ns *NetNS, w work) (_ *Server, err error) {
 	t.Helper()
+	w.Inherited = w.Socket != nil
 	env, err := json.Marshal(w)
 	must(t, err)
 	self, err := os.Executable()
@@ -117,6 +126,9 @@ func start(t testing.TB, ns *NetNS, w work) (_ *Server, err error) {
 	s.control, s.reports = control, bufio.NewReader(reports)
 	s.cmd.Env = append(os.Environ(), envServe+"="+string(env))
 	s.cmd.Stdin, s.cmd.Stdout, s.cmd.Stderr = childIn, childOut, &s.stderr
+	if w.Socket != nil {
+		s.cmd.ExtraFiles = []*os.File{w.Socket}
+	}
 	s.cmd.WaitDelay = 5 * time.Second // what a wrapper leaves may hold standard error
 	if w.Cgroup != "" {
 		dir, err := os.Open(w.Cgroup)
@@ -182,6 +194,25 @@ func (s *Server) wait() {
 func (s *Server) Close(index int) {
 	s.t.Helper()
 	s.order("close %d\n", index)
+}
+
+// Shutdown ends listening on the TCP socket with an index, which stays bound.
+func (s *Server) Shutdown(index int) {
+	s.t.Helper()
+	s.order("shutdown %d\n", index)
+}
+
+// Listen makes the TCP socket with an index listen, with room for as many
+// connections that are not accepted. It may listen already.
+func (s *Server) Listen(index, backlog int) {
+	s.t.Helper()
+	s.order("listen %d %d\n", index, backlog)
+}
+
+// Accept ends Hold.
+func (s *Server) Accept() {
+	s.t.Helper()
+	s.order("accept\n")
 }
 
 // Add binds one more socket and returns its name.

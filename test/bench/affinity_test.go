@@ -18,8 +18,8 @@ import (
 
 // BenchmarkAffinity is what a packet of a known client costs the selection
 // program, in ns by the kernel's own statistics, whose clock counts too: the
-// least of many rounds in which every affinity has its turn. A thousand flows
-// from as many addresses.
+// least of many rounds in which every affinity has its turn, and flow with
+// first openvpn as well. A thousand flows from as many addresses.
 func BenchmarkAffinity(b *testing.B) {
 	const clients, packets = 1000, 10
 	testnet.Privileged(b)
@@ -27,7 +27,10 @@ func BenchmarkAffinity(b *testing.B) {
 	must(b, err)
 	defer stats.Close()
 	ns, fs := testnet.New(b), loader.FS(testnet.BPFFS(b))
-	affinities := []loader.Affinity{loader.AffinityFlow, loader.AffinityClient, loader.AffinityBytes(0, 8), loader.AffinityBytes(0, 20), loader.AffinityNone}
+	affinities := []loader.Options{
+		{Affinity: loader.AffinityFlow}, {Affinity: loader.AffinityFlow, First: loader.FirstOpenVPN}, {Affinity: loader.AffinityClient},
+		{Affinity: loader.AffinityBytes(0, 8)}, {Affinity: loader.AffinityBytes(0, 20)}, {Affinity: loader.AffinityNone},
+	}
 	programs := make([]*ebpf.Program, len(affinities))
 	remotes := make([]netip.AddrPort, len(affinities))
 	for i, affinity := range affinities {
@@ -61,7 +64,7 @@ func BenchmarkAffinity(b *testing.B) {
 			before, runs := spent(b, programs[i])
 			for range packets {
 				for c, fd := range fds {
-					binary.NativeEndian.PutUint32(payload, uint32(c))
+					binary.BigEndian.PutUint32(payload, 9<<27|uint32(c)) // a data packet of OpenVPN, too
 					unix.Sendto(fd, payload, unix.MSG_DONTWAIT, &unix.SockaddrInet4{Addr: remotes[i].Addr().As4(), Port: int(remotes[i].Port())})
 				}
 			}
@@ -71,12 +74,12 @@ func BenchmarkAffinity(b *testing.B) {
 	}
 	b.ReportMetric(0, "ns/op")
 	for i, affinity := range affinities {
-		b.ReportMetric(least[i], fmt.Sprintf("ns/%s", affinity))
+		b.ReportMetric(least[i], fmt.Sprintf("ns/%s%s", affinity.Affinity, affinity.First))
 	}
 }
 
 // attachAffinity attaches the group on a port and returns its program.
-func attachAffinity(b *testing.B, fs loader.FS, ns *testnet.NetNS, port uint16, affinity loader.Affinity) *ebpf.Program {
+func attachAffinity(b *testing.B, fs loader.FS, ns *testnet.NetNS, port uint16, o loader.Options) *ebpf.Program {
 	b.Helper()
 	find := func() sockets.Group {
 		groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: port})
@@ -86,7 +89,8 @@ func attachAffinity(b *testing.B, fs loader.FS, ns *testnet.NetNS, port uint16, 
 	conn, err := sockets.TakeMember(find())
 	must(b, err)
 	defer conn.Close()
-	g, err := fs.Attach(conn, loader.Options{Affinity: affinity, Settle: -1, Flows: 2000})
+	o.Settle, o.Flows = -1, 2000
+	g, err := fs.Attach(conn, o)
 	must(b, err)
 	must(b, g.Close())
 	program, err := ebpf.NewProgramFromID(ebpf.ProgramID(find().Program))

@@ -30,9 +30,15 @@ type daemon struct {
 // its log is shown if the test fails.
 func startDaemon(t testing.TB, ns *testnet.NetNS, name string, argv ...string) *daemon {
 	t.Helper()
+	return launch(t, ns, name, exec.Command(argv[0], argv[1:]...))
+}
+
+// launch is startDaemon for a command that was made otherwise.
+func launch(t testing.TB, ns *testnet.NetNS, name string, cmd *exec.Cmd) *daemon {
+	t.Helper()
 	d := &daemon{
 		name:  name,
-		cmd:   exec.Command(argv[0], argv[1:]...),
+		cmd:   cmd,
 		ended: make(chan struct{}),
 		news:  make(chan struct{}),
 	}

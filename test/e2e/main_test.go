@@ -3,10 +3,12 @@
 package e2e
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +22,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	serve()
 	// Laboratories wait for most of their time: one per CPU is too few.
 	flag.Parse()
 	if err := flag.Set("test.parallel", "8"); err != nil {
@@ -34,6 +37,7 @@ type rpsel struct {
 	path  string
 	ns    *testnet.NetNS
 	bpffs string
+	proto string // udp if not set
 	port  int
 	box   *box // where the command is run, nil for the machine
 }
@@ -45,7 +49,7 @@ func newRpsel(t testing.TB, ns *testnet.NetNS, port int) *rpsel {
 }
 
 func (r *rpsel) args(verb string, args ...string) []string {
-	return append([]string{verb, "--bpffs", r.bpffs, "--port", strconv.Itoa(r.port)}, args...)
+	return append([]string{verb, "--bpffs", r.bpffs, "--proto", cmp.Or(r.proto, "udp"), "--port", strconv.Itoa(r.port)}, args...)
 }
 
 // run is the command line that, with a server's appended, runs the server with
@@ -65,7 +69,7 @@ func (r *rpsel) share() []string {
 func (r *rpsel) agent(lines ...string) *daemon {
 	r.t.Helper()
 	file := filepath.Join(r.t.TempDir(), "rpsel.toml")
-	text := fmt.Sprintf("[[service]]\nport = %d\n%s\n", r.port, strings.Join(lines, "\n"))
+	text := fmt.Sprintf("[[service]]\nproto = %q\nport = %d\n%s\n", cmp.Or(r.proto, "udp"), r.port, strings.Join(lines, "\n"))
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
@@ -97,11 +101,13 @@ func (r *rpsel) attach(args ...string) {
 type status struct {
 	Groups []struct {
 		SettlingSeconds int `json:"settling_seconds"`
+		Counters        map[string]int
 		Listeners       []listener
 	}
 }
 
 type listener struct {
+	Slot   int
 	PID    int
 	State  string
 	Cookie uint64
@@ -109,6 +115,7 @@ type listener struct {
 
 // What the command's exit codes say.
 const (
+	usage    = 2
 	notThere = 3
 	timedOut = 6
 )
@@ -167,6 +174,47 @@ func (r *rpsel) awaitActive(pid int, before ...listener) (active listener) {
 		return false
 	})
 	return active
+}
+
+// awaitListeners returns when a process has so many active listeners.
+func (r *rpsel) awaitListeners(pid, n int) {
+	r.t.Helper()
+	r.await(fmt.Sprintf("%d listeners of pid %d active", n, pid), func(s status) bool {
+		active := 0
+		for _, g := range s.Groups {
+			for _, l := range g.Listeners {
+				if l.PID == pid && l.State == "active" {
+					active++
+				}
+			}
+		}
+		return active == n
+	})
+}
+
+// counter reads a counter of the port's groups.
+func (r *rpsel) counter(name string) (sum int) {
+	r.t.Helper()
+	r.await("counters", func(s status) bool {
+		sum = 0
+		for _, g := range s.Groups {
+			sum += g.Counters[name]
+		}
+		return len(s.Groups) > 0
+	})
+	return sum
+}
+
+// awaitServer returns when a web server answers.
+func awaitServer(t testing.TB, ns *testnet.NetNS, addr netip.AddrPort) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if err = ns.Do(func() error { _, err := request(addr); return err }); err == nil {
+			return
+		}
+	}
+	t.Fatalf("nothing answers on %s: %v", addr, err)
 }
 
 // explain shows the port's state if the test has failed. To be deferred, or
