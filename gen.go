@@ -5,6 +5,7 @@
 package rpsel
 
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type report Select bpf/select.c -- -Wall -Wextra -Werror
+//go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type stranger Conns bpf/conns.c -- -Wall -Wextra -Werror
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type record Find bpf/find.c -- -Wall -Wextra -Werror
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux Bind bpf/bind.c -- -Wall -Wextra -Werror
 //go:generate go tool bpf2go -output-dir bpf -go-package bpf -tags linux -type event Watch bpf/watch.c -- -Wall -Wextra -Werror

@@ -170,7 +170,7 @@ static int tick(void *map, int *key, struct house *h)
 		if (r.sweep > buckets - h->bucket)
 			r.sweep = buckets - h->bucket;
 	}
-	if (READ_ONCE(cfg->policy) != POLICY_LEAST)
+	if (tcp || READ_ONCE(cfg->policy) != POLICY_LEAST)
 		h->counts = 0;
 	r.counts = h->counts;
 	size = left < table_size(r.table) ? left : table_size(r.table);
@@ -179,7 +179,7 @@ static int tick(void *map, int *key, struct house *h)
 		r.have.ranks[rank] = count_live(rank);
 	bpf_for_each_map_elem(&slots, step, &r, 0);
 	if (h->bucket >= buckets) {
-		if (READ_ONCE(cfg->policy) == POLICY_LEAST) {
+		if (!tcp && READ_ONCE(cfg->policy) == POLICY_LEAST) {
 			bpf_for_each_map_elem(&loads, publish, &r, 0);
 			h->counts = 1;
 		}

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * How many flows each listener has, for policy least. Part of select.c, of whose
+ * How many flows each listener has, for policy least; with TCP it is connections,
+ * and conns.c counts them. Part of select.c, of whose
  * maps it speaks.
  *
  * Whoever's exchange gives an entry to a flow, or takes it from one, counts that.
@@ -45,16 +46,24 @@ OWN_FUNCTION int add_load(__u64 word, __u32 bucket, __s32 change)
  */
 ALWAYS_INLINE void tally(const struct config *cfg, __u64 word, __u32 bucket, __s32 change)
 {
-	if (READ_ONCE(cfg->policy) == POLICY_LEAST)
+	if (!tcp && READ_ONCE(cfg->policy) == POLICY_LEAST)
 		add_load(word, bucket, change);
 }
 
 /* flows_of is a listener's count. It may be below zero for a moment. */
 ALWAYS_INLINE __u64 flows_of(__u32 slot)
 {
-	struct load *l = bpf_map_lookup_elem(&loads, &slot);
-	__s32 flows = l ? READ_ONCE(l->flows) : 0;
+	__s32 flows = 0;
 
+	if (tcp) {
+		struct conns *c = bpf_map_lookup_elem(&conns, &slot);
+
+		flows = c ? READ_ONCE(c->word) >> CONNS_OPEN_SHIFT : 0;
+	} else {
+		struct load *l = bpf_map_lookup_elem(&loads, &slot);
+
+		flows = l ? READ_ONCE(l->flows) : 0;
+	}
 	return flows > 0 ? flows : 0;
 }
 

@@ -188,7 +188,8 @@ struct config {
 enum policy {
 	POLICY_HASH = 0,
 	POLICY_NEWEST = 1, /* the newest generation; the pick table says who that is */
-	POLICY_LEAST = 2,  /* of two candidates the one with fewer flows for its weight */
+	POLICY_LEAST = 2,  /* of two candidates the one with fewer flows (TCP: connections) for its
+			      weight */
 	POLICY_RR = 3,	   /* each in turn, on each CPU */
 	POLICY_RANDOM = 4,
 	POLICY_CPU = 5, /* one that ran on this CPU, or node, when user space last looked */
@@ -198,6 +199,41 @@ enum policy {
 struct load {
 	__u32 flows;
 	__u32 recount; /* those in buckets that the present round of sweeps has been to */
+};
+
+/*
+ * How many connections a slot's present TCP listener has open.
+ *
+ *   63                    32 31                     0
+ *   +-----------------------+------------------------+
+ *   |         open          |      incarnation       |
+ *   +-----------------------+------------------------+
+ */
+#define CONNS_OPEN_SHIFT 32
+
+struct conns {
+	__u64 word;
+	__u32 begun; /* changes that somebody set about, and those that are done */
+	__u32 ended;
+};
+
+/* Whose a connection is: slot << OWNER_SLOT_SHIFT | incarnation. */
+#define OWNER_SLOT_SHIFT 32
+
+/* How many connections can have moved from a closing listener, and nobody looked yet. */
+#define RPSEL_MOVED 8192
+
+enum accepted_state {
+	ACCEPTED_NOT_YET = 0, /* a listener, or a connection in its handshake */
+	ACCEPTED_OPEN = 1,    /* counted */
+	ACCEPTED_CLOSED = 2,
+};
+
+/* On the socket of a listener, and of each connection that it accepted. */
+struct accepted {
+	__u64 owner;
+	__u32 state; /* enum accepted_state */
+	__u32 pad;
 };
 
 /*
@@ -309,6 +345,8 @@ _Static_assert(sizeof(struct slot) == 8, "slot is part of the pinned ABI");
 _Static_assert(sizeof(struct reader) == 16, "reader is part of the pinned ABI");
 _Static_assert(sizeof(struct report) == 48, "report is part of the pinned ABI");
 _Static_assert(sizeof(struct row) == 520, "elements of an array are multiples of 8");
+_Static_assert(sizeof(struct conns) == 16, "conns is part of the pinned ABI");
+_Static_assert(sizeof(struct accepted) == 16, "accepted is part of the pinned ABI");
 _Static_assert(sizeof(struct load) == 8, "load is part of the pinned ABI");
 _Static_assert(sizeof(struct config) == 208, "config is part of the pinned ABI");
 _Static_assert(1 << WORD_SLOT_BITS == RPSEL_SLOTS, "a slot number fits its field");

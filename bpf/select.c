@@ -18,6 +18,7 @@
 #include <linux/in6.h>
 #include <bpf/bpf_helpers.h>
 
+#include "conns.h"
 #include "flow.h"
 #include "key.h"
 #include "parse.h"
@@ -26,6 +27,7 @@
 
 /* Fixed when the program is loaded. */
 const volatile __u32 buckets = 2;
+const volatile __u32 tcp;
 const volatile __u32 affinity = AFFINITY_FLOW;
 const volatile __u32 confirm = CONFIRM_CLIENT;
 const volatile __u64 prefix4[2]; /* AFFINITY_CLIENT: masks of the address, as it is in a detail */
@@ -201,6 +203,40 @@ struct {
 	})
 
 /*
+ * credit_migrated counts a connection that waited in a closing TCP listener with the
+ * one it goes to. One that has not got its socket yet gets that from there, and is
+ * counted with it.
+ */
+OWN_FUNCTION int credit_migrated(struct sk_reuseport_md *ctx, __u32 slot)
+{
+	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
+	struct bpf_sock *sk = ctx->migrating_sk;
+	__u64 owner, cookie;
+	struct conns *to;
+	__u32 state;
+
+	/* Read once: the verifier takes a second load for another pointer. */
+	asm volatile("" : "+r"(sk));
+	if (!s || !sk)
+		return 0;
+	state = sk->state;
+	if (state == BPF_TCP_NEW_SYN_RECV || state == BPF_TCP_CLOSE)
+		return 0;
+	owner = (__u64)slot << OWNER_SLOT_SHIFT | READ_ONCE(s->incarnation);
+	cookie = bpf_get_socket_cookie(sk);
+	to = conns_of(owner);
+	if (!to)
+		return 0;
+	__sync_fetch_and_add(&to->begun, 1);
+	/* Without room it stays with the listener it had, whose slot counts no more. */
+	if (!bpf_map_update_elem(&moved_conns, &cookie, &owner, BPF_ANY) &&
+	    (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT))
+		add_conn(to, owner, 1);
+	__sync_fetch_and_add(&to->ended, 1);
+	return 0;
+}
+
+/*
  * With affinity client a connection whose TCP listener ends goes by its client's
  * flow, as the client's next connection would, and is counted as migrated whatever
  * became of the flow. kind is the affinity, which costs a load to look at.
@@ -210,10 +246,12 @@ struct {
 		__u32 index = (slot);                                                              \
 		struct slot_counters *c = bpf_map_lookup_elem(&slot_counters, &index);             \
 		if (c) {                                                                           \
-			if ((kind) == AFFINITY_CLIENT && (ctx)->migrating_sk)                      \
+			if (tcp && (kind) == AFFINITY_CLIENT && (ctx)->migrating_sk) {             \
 				c->migrated++;                                                     \
-			else                                                                       \
+				credit_migrated(ctx, index);                                       \
+			} else {                                                                   \
 				c->field++;                                                        \
+			}                                                                          \
 			c->bytes += (ctx)->len;                                                    \
 		}                                                                                  \
 	})
@@ -591,13 +629,14 @@ int rpsel_select(struct sk_reuseport_md *ctx)
 
 	now = clock();
 	waiting = waiting_at(cfg, now);
-	if (ctx->migrating_sk && kind != AFFINITY_CLIENT) {
+	if (tcp && kind != AFFINITY_CLIENT && ctx->migrating_sk) {
 		struct choice c = {};
 
 		/* A connection that waits in a closing TCP listener: it goes as a new one would. */
 		if (!pick_new(ctx, cfg, ctx->hash, unsettled(waiting), &c))
 			return fallback();
 		COUNT_SLOT(ctx, c.slot, migrated);
+		credit_migrated(ctx, c.slot);
 		return SK_PASS;
 	}
 

@@ -57,6 +57,13 @@ type SelectConfig struct {
 	}
 }
 
+type SelectConns struct {
+	_     structs.HostLayout
+	Word  uint64
+	Begun uint32
+	Ended uint32
+}
+
 type SelectCounters struct {
 	_          structs.HostLayout
 	Fallback   uint64
@@ -168,6 +175,7 @@ type SelectSlotCounters struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	SelectMapConfig        = "config"
+	SelectMapConns         = "conns"
 	SelectMapCounters      = "counters"
 	SelectMapDetails       = "details"
 	SelectMapFlows         = "flows"
@@ -175,6 +183,7 @@ const (
 	SelectMapListeners     = "listeners"
 	SelectMapLive          = "live"
 	SelectMapLoads         = "loads"
+	SelectMapMovedConns    = "moved_conns"
 	SelectMapPeers         = "peers"
 	SelectMapPicks         = "picks"
 	SelectMapReader        = "reader"
@@ -201,6 +210,7 @@ const (
 	SelectVarServerFamily  = "server_family"
 	SelectVarServerNetns   = "server_netns"
 	SelectVarServerPort    = "server_port"
+	SelectVarTcp           = "tcp"
 	SelectVarTimer         = "timer"
 )
 
@@ -256,6 +266,7 @@ type SelectProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SelectMapSpecs struct {
 	Config       *ebpf.MapSpec `ebpf:"config"`
+	Conns        *ebpf.MapSpec `ebpf:"conns"`
 	Counters     *ebpf.MapSpec `ebpf:"counters"`
 	Details      *ebpf.MapSpec `ebpf:"details"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
@@ -263,6 +274,7 @@ type SelectMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	Live         *ebpf.MapSpec `ebpf:"live"`
 	Loads        *ebpf.MapSpec `ebpf:"loads"`
+	MovedConns   *ebpf.MapSpec `ebpf:"moved_conns"`
 	Peers        *ebpf.MapSpec `ebpf:"peers"`
 	Picks        *ebpf.MapSpec `ebpf:"picks"`
 	Reader       *ebpf.MapSpec `ebpf:"reader"`
@@ -292,6 +304,7 @@ type SelectVariableSpecs struct {
 	ServerFamily  *ebpf.VariableSpec `ebpf:"server_family"`
 	ServerNetns   *ebpf.VariableSpec `ebpf:"server_netns"`
 	ServerPort    *ebpf.VariableSpec `ebpf:"server_port"`
+	Tcp           *ebpf.VariableSpec `ebpf:"tcp"`
 	Timer         *ebpf.VariableSpec `ebpf:"timer"`
 }
 
@@ -316,6 +329,7 @@ func (o *SelectObjects) Close() error {
 // It can be passed to LoadSelectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SelectMaps struct {
 	Config       *ebpf.Map `ebpf:"config"`
+	Conns        *ebpf.Map `ebpf:"conns"`
 	Counters     *ebpf.Map `ebpf:"counters"`
 	Details      *ebpf.Map `ebpf:"details"`
 	Flows        *ebpf.Map `ebpf:"flows"`
@@ -323,6 +337,7 @@ type SelectMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	Live         *ebpf.Map `ebpf:"live"`
 	Loads        *ebpf.Map `ebpf:"loads"`
+	MovedConns   *ebpf.Map `ebpf:"moved_conns"`
 	Peers        *ebpf.Map `ebpf:"peers"`
 	Picks        *ebpf.Map `ebpf:"picks"`
 	Reader       *ebpf.Map `ebpf:"reader"`
@@ -337,6 +352,7 @@ type SelectMaps struct {
 func (m *SelectMaps) Close() error {
 	return _SelectClose(
 		m.Config,
+		m.Conns,
 		m.Counters,
 		m.Details,
 		m.Flows,
@@ -344,6 +360,7 @@ func (m *SelectMaps) Close() error {
 		m.Listeners,
 		m.Live,
 		m.Loads,
+		m.MovedConns,
 		m.Peers,
 		m.Picks,
 		m.Reader,
@@ -374,6 +391,7 @@ type SelectVariables struct {
 	ServerFamily  *ebpf.Variable `ebpf:"server_family"`
 	ServerNetns   *ebpf.Variable `ebpf:"server_netns"`
 	ServerPort    *ebpf.Variable `ebpf:"server_port"`
+	Tcp           *ebpf.Variable `ebpf:"tcp"`
 	Timer         *ebpf.Variable `ebpf:"timer"`
 }
 

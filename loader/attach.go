@@ -97,6 +97,9 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 	}
 	s.config.SetLimits(limits)
 	s.setOwner(o)
+	if err := s.adopt(key, 0); err != nil {
+		return nil, err
+	}
 	return g, nil
 }
 
@@ -155,6 +158,9 @@ func (fs FS) attachNew(key Key, conn syscall.Conn, o Options) (_ *Group, err err
 	}
 	fault.Point("program attached")
 	if err := g.settle(conn, p, o); err != nil {
+		return nil, errors.Join(err, detachProgram(conn))
+	}
+	if err := g.state.adopt(g.key, 0); err != nil {
 		return nil, errors.Join(err, detachProgram(conn))
 	}
 	return g, nil

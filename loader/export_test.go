@@ -350,3 +350,13 @@ func (g *Group) ReplyID() (uint32, error) {
 	id, _ := info.ID()
 	return uint32(id), nil
 }
+
+// Counted is how many connections the program believes the listener in a slot to
+// have open.
+func (g *Group) Counted(slot int) int { return g.state.conns.Open(uint32(slot)) }
+
+// Miscount makes it believe so.
+func (g *Group) Miscount(slot, open int) {
+	was := g.state.conns.Count(uint32(slot))
+	g.state.conns.Correct(was, g.state.owner(uint32(slot)), open)
+}

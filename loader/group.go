@@ -19,14 +19,15 @@ import (
 // concurrently, but not after Close. It follows the group when another process
 // upgrades it, or detaches and attaches it anew.
 type Group struct {
-	fs      FS
-	key     Key
-	state   *state // replaced by follow; who holds the lock or a copy may read it
-	fresh   bool
-	joined  []int
-	swept   atomic.Int64 // the bucket where the next sweep begins
-	sweptAt atomic.Pointer[time.Time]
-	closed  sync.Once
+	fs        FS
+	key       Key
+	state     *state // replaced by follow; who holds the lock or a copy may read it
+	fresh     bool
+	joined    []int
+	swept     atomic.Int64 // the bucket where the next sweep begins
+	sweptAt   atomic.Pointer[time.Time]
+	countedAt atomic.Pointer[time.Time] // when connections were last counted from the sockets
+	closed    sync.Once
 
 	mu  sync.Mutex
 	old []*state // replaced, and perhaps still read
@@ -265,12 +266,28 @@ func (g *Group) RegisterAll(conns []syscall.Conn) ([]Registration, error) {
 		if len(fresh) == 0 {
 			return nil
 		}
-		return g.state.admit(now, fresh...)
+		if err := g.state.admit(now, fresh...); err != nil {
+			return err
+		}
+		return g.state.adopt(g.key, onlyPID(members))
 	})
 	if err != nil {
 		return nil, err
 	}
 	return answers, nil
+}
+
+// onlyPID is the process that sockets were borrowed from, or 0 if there are several.
+func onlyPID(members []sockets.Socket) (pid int) {
+	for _, m := range members {
+		for _, h := range m.Holders {
+			if pid != 0 && h.PID != pid {
+				return 0
+			}
+			pid = h.PID
+		}
+	}
+	return pid
 }
 
 // ownDescriptors finds the groups of the group's key by the descriptors of this
@@ -327,7 +344,10 @@ func (g *Group) Drain(slot int) error {
 		}
 		g.state.listeners.SetState(at, maps.SlotDraining)
 		fault.Point("slot draining")
-		return g.state.redeal(now)
+		if err := g.state.redeal(now); err != nil {
+			return err
+		}
+		return g.state.adopt(g.key, 0) // what waited in its queue when it was registered
 	})
 }
 

@@ -61,6 +61,9 @@ func (g *Group) Housekeep() (Housekept, error) {
 		})
 	}
 	kept, houseErr := s.kept(now)
+	if s.tcp && houseErr == nil {
+		houseErr = g.recountOpen(s)
+	}
 	watched, readErr := maps.Read(s.Reader, now)
 	// Who watches sweeps by itself, to tell of what expired.
 	if houseErr = errors.Join(houseErr, readErr); houseErr == nil && !kept && !watched {
@@ -84,6 +87,17 @@ func (s *state) kept(now uint32) (bool, error) {
 
 // sweepPause is how long after a sweep the next one is due. Tests are less patient.
 var sweepPause = 30 * time.Second
+
+// recountOpen sets counts of connections right, if that is due.
+func (g *Group) recountOpen(s *state) error {
+	if last := g.countedAt.Load(); last != nil && time.Since(*last) < sweepPause {
+		return nil
+	}
+	at := time.Now()
+	g.countedAt.Store(&at)
+	_, err := s.countOpen()
+	return err
+}
 
 // sweep removes expired flows of the next part of the table, if that is due.
 func (g *Group) sweep(s *state, now uint32) (forgotten int, err error) {

@@ -94,8 +94,9 @@ const (
 	// after five seconds. While nobody of it is alive the one before serves.
 	PolicyNewest
 	// PolicyLeast draws two listeners as PolicyHash draws one, and gives the flow
-	// to the one that has fewer flows for its weight. Where nothing is tracked
-	// (TCP) it knows no flows, and is PolicyHash.
+	// to the one that has fewer flows for its weight. With TCP it goes by the
+	// connections that each has open, whatever the affinity. With UDP and
+	// AffinityNone it knows no flows, and is PolicyHash.
 	PolicyLeast
 	// PolicyRR gives new flows to the listeners in turn, as often as their weights
 	// say. Each CPU has turns of its own. The turn of a dead one goes to another at

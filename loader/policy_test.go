@@ -205,8 +205,7 @@ func TestPolicyTableFull(t *testing.T) {
 	}
 }
 
-// Each connection goes by the policy, and least, which has no flows to count there,
-// by the table.
+// Each connection goes by the policy.
 func TestPolicyTCP(t *testing.T) {
 	const connections = 600
 	for _, policy := range choosing {

@@ -172,7 +172,7 @@ func TestModes(t *testing.T) {
 	attach(t, loader.FS(root), ns, loader.Options{})
 	dir := fmt.Sprintf("/rpsel/%d/udp_00000000000000000000000000000001_1194_v6only", ns.Cookie())
 	want := []string{"drwx------ /rpsel", fmt.Sprintf("drwx------ /rpsel/%d", ns.Cookie()), "drwx------ " + dir}
-	for _, name := range []string{"clock", "config", "counters", "details", "flows", "house", "listeners", "live", "loads", "picks", "prog", "reader", "reports", "rows", "slot_counters", "slots", "socks", "turns"} {
+	for _, name := range []string{"clock", "config", "conns", "counters", "details", "flows", "house", "listeners", "live", "loads", "moved_conns", "peers", "picks", "prog", "reader", "reports", "rows", "slot_counters", "slots", "socks", "turns"} {
 		want = append(want, "-rw------- "+dir+"/"+name)
 	}
 	if diff := cmp.Diff(want, tree(t, root)); diff != "" {

@@ -247,13 +247,22 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 		}
 		s.listeners.NextIncarnation(slot)
 		s.loads.Set(slot, 0)
+		if s.tcp {
+			s.conns.Begin(slot, s.listeners.Incarnation(slot))
+		}
 		fault.Point("slot numbered")
 	}
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err
 	}
 	fault.Point("record written")
-	err = control(conn, func(fd int) error { return s.sockets.Insert(slot, fd) })
+	err = control(conn, func(fd int) error {
+		if err := s.own(fd, slot); err != nil {
+			return err
+		}
+		fault.Point("connections owned")
+		return s.sockets.Insert(slot, fd)
+	})
 	if err == nil {
 		r.records[slot], r.cookies[slot] = record, m.Cookie
 		fault.Point("socket in slot")

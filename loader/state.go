@@ -29,8 +29,10 @@ type pinned struct {
 	dir     os.FileInfo // the directory; its name may be another's by now
 	layout  uint32
 	replies bool // with a program that sees them
+	tcp     bool // it has counting, from layout 2 on
 	bpf.SelectPrograms
 	bpf.SelectMaps
+	counting
 }
 
 // programs and maps name the file of each pin.
@@ -39,12 +41,15 @@ func (p *pinned) programs() map[string]**ebpf.Program {
 	if p.replies {
 		programs[replyPin] = &p.RpselReply
 	}
+	if p.tcp {
+		programs["count"], programs["opened"], programs["adopt"] = &p.RpselCount, &p.RpselOpened, &p.RpselAdopt
+	}
 	return programs
 }
 
 func (p *pinned) maps() map[string]**ebpf.Map {
 	m := &p.SelectMaps
-	return map[string]**ebpf.Map{
+	all := map[string]**ebpf.Map{
 		bpf.SelectMapConfig: &m.Config, bpf.SelectMapCounters: &m.Counters,
 		bpf.SelectMapDetails: &m.Details, bpf.SelectMapFlows: &m.Flows,
 		bpf.SelectMapHouse: &m.House, bpf.SelectMapLoads: &m.Loads,
@@ -54,17 +59,24 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 		bpf.SelectMapSlots: &m.Slots, bpf.SelectMapSocks: &m.Socks,
 		bpf.SelectMapReader: &m.Reader, bpf.SelectMapReports: &m.Reports,
 		bpf.SelectMapPeers: &m.Peers,
+		bpf.SelectMapConns: &m.Conns, bpf.SelectMapMovedConns: &m.MovedConns,
 	}
+	if p.tcp {
+		all[bpf.ConnsMapOwners] = &p.owners
+	}
+	return all
 }
 
 const programPin = "prog"
 
 // laterMaps are those that layout 1 did not have.
 var laterMaps = []string{bpf.SelectMapHouse, bpf.SelectMapLoads, bpf.SelectMapRows, bpf.SelectMapTurns,
-	bpf.SelectMapReader, bpf.SelectMapReports, bpf.SelectMapPeers}
+	bpf.SelectMapReader, bpf.SelectMapReports, bpf.SelectMapPeers, bpf.SelectMapConns, bpf.SelectMapMovedConns}
 
 // close gives back the descriptors.
-func (p *pinned) close() error { return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close()) }
+func (p *pinned) close() error {
+	return errors.Join(p.SelectPrograms.Close(), p.SelectMaps.Close(), p.counting.close())
+}
 
 // state is a group's program and maps, opened.
 type state struct {
@@ -77,7 +89,8 @@ type state struct {
 	loads     *maps.Loads
 	rows      *maps.Rows
 	links     map[uint64]*link.RawLink // to cgroups, as long as they are not pinned
-	programID func() (uint32, error)   // of RpselSelect; asked once, for the answer takes long
+	conns     *maps.Conns
+	programID func() (uint32, error) // of RpselSelect; asked once, for the answer takes long
 }
 
 // close gives back memory and descriptors.
@@ -91,13 +104,13 @@ func (s *state) close() error {
 
 // unview gives back the memory.
 func (s *state) unview() error {
-	return errors.Join(s.picks.Close(), s.listeners.Close(), s.loads.Close(), s.rows.Close(), s.config.Close())
+	return errors.Join(s.picks.Close(), s.listeners.Close(), s.loads.Close(), s.rows.Close(), s.conns.Close(), s.config.Close())
 }
 
 // view maps what user space reads and writes, all of it or nothing.
 func (s *state) view() (err error) {
 	s.config, s.picks, s.listeners = &maps.Config{}, &maps.Picks{}, &maps.Listeners{}
-	s.loads, s.rows = &maps.Loads{}, &maps.Rows{}
+	s.loads, s.rows, s.conns = &maps.Loads{}, &maps.Rows{}, &maps.Conns{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.unview())
@@ -138,6 +151,11 @@ func (s *state) view() (err error) {
 		return err
 	}
 	s.rows = rows
+	conns, err := maps.OpenConns(s.SelectMaps.Conns)
+	if err != nil {
+		return err
+	}
+	s.conns = conns
 	return nil
 }
 
@@ -216,21 +234,33 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &state{pinned: pinned{layout: maps.ABI, replies: confirmOf(c.fixed) == ConfirmReply}, links: map[uint64]*link.RawLink{}}
-	if err := spec.LoadAndAssign(&struct {
+	s := &state{pinned: pinned{layout: maps.ABI, replies: confirmOf(c.fixed) == ConfirmReply, tcp: c.key.Proto == TCP}, links: map[uint64]*link.RawLink{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.pinned.close())
+		}
+	}()
+	o := &ebpf.CollectionOptions{MapReplacements: keep}
+	err = spec.LoadAndAssign(&struct {
 		*bpf.SelectPrograms
 		*bpf.SelectMaps
-	}{&s.SelectPrograms, &s.SelectMaps}, &ebpf.CollectionOptions{MapReplacements: keep}); err != nil {
-		return nil, loadError(err)
+	}{&s.SelectPrograms, &s.SelectMaps}, o)
+	if err != nil {
+		return nil, loadError("the selection program", err)
 	}
 	if !s.replies {
 		s.RpselReply.Close()
 		s.RpselReply = nil
 	}
-	if err := s.view(); err != nil {
-		return nil, errors.Join(err, s.pinned.close())
+	if s.tcp {
+		if s.owners, err = ownersMap(spec, keep); err != nil {
+			return nil, err
+		}
+		if err := s.loadCounting(c.key); err != nil {
+			return nil, err
+		}
 	}
-	return s, nil
+	return s, s.view()
 }
 
 // maxPeers is how many clients' numbers are kept at most: of 96 bytes each, the least
@@ -242,9 +272,14 @@ const udpHeader = 8
 
 // spec describes the program and its maps.
 func (c constants) spec() (*ebpf.CollectionSpec, error) {
-	spec, err := loadSelect()
+	spec, err := specOf(c.key.Proto, loadSelect)
 	if err != nil {
 		return nil, err
+	}
+	if c.key.Proto != TCP {
+		spec.Maps[bpf.SelectMapConns].MaxEntries, spec.Maps[bpf.SelectMapMovedConns].MaxEntries = 1, 1
+	} else if err := spec.Variables[bpf.SelectVarTcp].Set(uint32(1)); err != nil {
+		return nil, fmt.Errorf("set %s: %w", bpf.SelectVarTcp, err)
 	}
 	buckets := maps.BucketsFor(int(c.flows))
 	_, prefix := affinityOf(c.fixed)
@@ -280,6 +315,20 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 		return nil, err
 	}
 	spec.Maps[bpf.SelectMapRows].MaxEntries = uint32(cpus)
+	return spec, nil
+}
+
+// specOf describes all maps that a group of a protocol has.
+func specOf(proto Proto, load func() (*ebpf.CollectionSpec, error)) (*ebpf.CollectionSpec, error) {
+	spec, err := load()
+	if err != nil || proto != TCP {
+		return spec, err
+	}
+	counting, err := bpf.LoadConns()
+	if err != nil {
+		return nil, err
+	}
+	spec.Maps[bpf.ConnsMapOwners] = counting.Maps[bpf.ConnsMapOwners]
 	return spec, nil
 }
 
@@ -319,22 +368,25 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
 	s.setOwner(o)
+	if err := s.startCounting(); err != nil {
+		return nil, err
+	}
 	return s, s.settle(now, o.Settle)
 }
 
-// loadError says what a refusal to load means. Without CAP_BPF the library
+// loadError says what a refusal to load something means. Without CAP_BPF the library
 // speaks of MEMLOCK.
-func loadError(err error) error {
+func loadError(what string, err error) error {
 	// Without CAP_PERFMON the verifier refuses to let the program spill what it
 	// takes for pointers.
 	needs := []capability.Capability{capability.BPF, capability.Perfmon}
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && len(capability.Missing(needs...)) > 0:
-		return capability.Denied("load the selection program", needs...)
+		return capability.Denied("load "+what, needs...)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("load the selection program: %w: Linux 5.14 or later is needed: %w", ErrUnsupported, err)
+		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed: %w", what, ErrUnsupported, err)
 	default:
-		return fmt.Errorf("load the selection program: %w", err)
+		return fmt.Errorf("load %s: %w", what, err)
 	}
 }
 
@@ -380,6 +432,11 @@ func (fs FS) pinAside(key Key, s *state) (_ string, err error) {
 		fault.Point("link pinned aside")
 		delete(s.links, id)
 		l.Close()
+	}
+	if s.counts != nil {
+		if err := pin("counting", s.counts); err != nil {
+			return "", err
+		}
 	}
 	s.dir, err = os.Stat(tmp)
 	return tmp, err
@@ -471,6 +528,7 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 	case p.layout == 0:
 		return nil, fmt.Errorf("%s: %w: it has no layout: detach it", key, ErrIncompatible)
 	}
+	p.tcp = key.Proto == TCP && p.layout > 1
 	for name, m := range p.maps() {
 		if *m != nil || p.layout == 1 && slices.Contains(laterMaps, name) {
 			continue
@@ -495,7 +553,7 @@ func (p *pinned) state(key Key) (*state, error) {
 	if p.layout != maps.ABI {
 		return nil, fmt.Errorf("%s: %w (layout %d, this one speaks %d): \"rpsel upgrade\" brings it up to date", key, ErrOlder, p.layout, maps.ABI)
 	}
-	spec, err := bpf.LoadSelect()
+	spec, err := specOf(key.Proto, bpf.LoadSelect)
 	if err != nil {
 		return nil, err
 	}

@@ -39,6 +39,10 @@ type Listener struct {
 	Flows int
 	// Recent is how many of them began in the last RecentTime.
 	Recent int
+	// Connections is how many connections a TCP listener has open: accepted by its
+	// process, or waiting for that. A dead listener's are those that its process
+	// has kept.
+	Connections int
 	// Runs of the program that selected it since it joined, by outcome, and
 	// the bytes of their transport headers and payloads.
 	Hit, New, Rehomed, Untracked, Migrated, Bytes uint64
@@ -155,6 +159,16 @@ func (g *Group) status() (Status, error) {
 	}
 	if err := g.countFlows(&status, now); err != nil {
 		return status, err
+	}
+	if s.tcp {
+		open, err := s.countOpen()
+		if err != nil {
+			return status, fmt.Errorf("%s: %w", g.key, err)
+		}
+		for i := range status.Listeners {
+			l := &status.Listeners[i]
+			l.Connections = open[l.Slot]
+		}
 	}
 	return status, nil
 }

@@ -102,7 +102,7 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	}
 	defer s.close()
 	u.Made = made
-	same, err := samePrograms(&old.SelectPrograms, &s.SelectPrograms)
+	same, err := samePrograms(old, &s.pinned)
 	if err != nil {
 		return err
 	}
@@ -127,6 +127,18 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 		return nil
 	}
 
+	// Old and new programs count side by side for a while, each connection once.
+	if err := s.startCounting(); err != nil {
+		return err
+	}
+	if s.tcp && !old.tcp {
+		if err := s.ownAll(live); err != nil {
+			return err
+		}
+		if err := s.adopt(u.Key, 0); err != nil {
+			return err
+		}
+	}
 	tmp, err := fs.pinAside(u.Key, s)
 	if err != nil {
 		return err
@@ -250,16 +262,17 @@ func (p *pinned) successor(key Key, config bpf.SelectConfig, capacity int) (_ *s
 
 // samePrograms compares programs by the kernel's digest of their instructions,
 // which the maps and constants are no part of.
-func samePrograms(a, b *bpf.SelectPrograms) (bool, error) {
-	for _, pair := range [][2]*ebpf.Program{{a.RpselSelect, b.RpselSelect}, {a.RpselClock, b.RpselClock}, {a.RpselReply, b.RpselReply}} {
-		if pair[0] == nil && pair[1] == nil {
-			continue
-		}
-		one, err := pair[0].Info()
+func samePrograms(a, b *pinned) (bool, error) {
+	others := b.programs()
+	if len(a.programs()) != len(others) {
+		return false, nil
+	}
+	for name, program := range a.programs() {
+		one, err := (*program).Info()
 		if err != nil {
 			return false, err
 		}
-		other, err := pair[1].Info()
+		other, err := (*others[name]).Info()
 		if err != nil {
 			return false, err
 		}

@@ -1,5 +1,10 @@
 package sockets
 
+import (
+	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/iterator"
+)
+
 // FilteredHolders looks through all processes with the filter of the last Find,
 // as Find itself does before Linux 6.1, and gives the processes that it found
 // descriptors in.
@@ -11,7 +16,7 @@ func FilteredHolders() (pids []int, err error) {
 		return nil, err
 	}
 	defer r.Close()
-	records, err := readAll(r)
+	records, err := iterator.ReadAll[bpf.FindRecord](r)
 	for _, r := range records {
 		pids = append(pids, int(r.Pid))
 	}

@@ -9,13 +9,11 @@ import (
 	"maps"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"unicode"
 	"unicode/utf8"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -23,6 +21,7 @@ import (
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/capability"
+	"github.com/rpsel/rpsel/internal/iterator"
 )
 
 // Query says which sockets to find. The zero value finds every bound UDP
@@ -281,7 +280,7 @@ func (f *finder) session(q Query) ([]bpf.FindRecord, error) {
 		return nil, fmt.Errorf("open iterator: %w", err)
 	}
 	defer r.Close()
-	records, err := readAll(r)
+	records, err := iterator.ReadAll[bpf.FindRecord](r)
 	if err != nil {
 		return nil, fmt.Errorf("read iterator: %w", err)
 	}
@@ -301,32 +300,7 @@ func (f *finder) open(pid int) (io.ReadCloser, error) {
 	if pid == 0 {
 		return f.link.Open()
 	}
-	// The library links iterators to maps only (include/uapi/linux/bpf.h, union
-	// bpf_attr, BPF_LINK_CREATE, and bpf_iter_link_info). Before 6.1 the kernel
-	// ignores the number and goes through all processes, of which the program
-	// then leaves out the others.
-	info := &struct{ tid, pid, pidfd uint32 }{tid: uint32(pid)}
-	var pinned runtime.Pinner
-	pinned.Pin(info)
-	defer pinned.Unpin()
-	attr := struct {
-		program, target, attachType, flags uint32
-		info                               uint64
-		infoLen, _                         uint32
-	}{
-		program: uint32(f.objects.RpselFind.FD()), attachType: unix.BPF_TRACE_ITER,
-		info: uint64(uintptr(unsafe.Pointer(info))), infoLen: uint32(unsafe.Sizeof(*info)),
-	}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_LINK_CREATE, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	if errno != 0 {
-		return nil, os.NewSyscallError("bpf BPF_LINK_CREATE", errno)
-	}
-	one, err := link.NewFromFD(int(fd))
-	if err != nil {
-		return nil, err
-	}
-	defer one.Close()
-	return one.(*link.Iter).Open()
+	return iterator.Files(f.objects.RpselFind, pid) // before Linux 6.1 the program leaves out the others
 }
 
 // members reads the first n entries of the map of members.
@@ -340,26 +314,6 @@ func (f *finder) members(n uint32) ([]bpf.FindMember, error) {
 		return nil, fmt.Errorf("read members: %w", err)
 	}
 	return members, nil
-}
-
-// readAll reads to the end. After a million files without a match the kernel
-// gives EAGAIN and goes on at the next read (kernel/bpf/bpf_iter.c).
-func readAll(r io.Reader) ([]bpf.FindRecord, error) {
-	var data bytes.Buffer
-	_, err := data.ReadFrom(r)
-	for errors.Is(err, unix.EAGAIN) {
-		_, err = data.ReadFrom(r)
-	}
-	if err != nil {
-		return nil, err
-	}
-	const size = int(unsafe.Sizeof(bpf.FindRecord{}))
-	if data.Len()%size != 0 {
-		return nil, fmt.Errorf("%d bytes are no whole records", data.Len())
-	}
-	records := make([]bpf.FindRecord, data.Len()/size)
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(records))), data.Len()), data.Bytes())
-	return records, nil
 }
 
 // load loads the iterator with room for some members, 0 for the default.

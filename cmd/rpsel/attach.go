@@ -35,7 +35,7 @@ join, by this command or after it, open another generation all the same.
 The other policies choose among all active listeners, by their weights: hash by the
 flow's hash; least draws two and takes the one with fewer flows; rr each in turn;
 random at random; cpu one that ran on the CPU the packet came to, which is meant for
-servers that are pinned to a CPU each. Where nothing is tracked (TCP) least is hash.
+servers that are pinned to a CPU each. With TCP least counts open connections.
 A change of the policy moves no flow.
 
 With --affinity client all that comes from one address goes to one listener,

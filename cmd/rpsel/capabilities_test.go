@@ -289,6 +289,10 @@ var capTrials = map[string]capTrial{
 		w.serve("127.0.0.1:1194", shared)
 		return []string{"attach", "--port", "1194", "--bpffs", w.bpffs}
 	}),
+	"attach --proto tcp": line(func(w *capWorld) []string {
+		w.serveTCP()
+		return []string{"attach", "--port", "1194", "--proto", "tcp", "--policy", "least", "--bpffs", w.bpffs}
+	}),
 	"attach -N": line(func(w *capWorld) []string {
 		w.serve("127.0.0.1:1194", shared)
 		return []string{"attach", "--port", "1194", "--bpffs", w.bpffs, "-N", w.outside()}
@@ -329,21 +333,23 @@ var capTrials = map[string]capTrial{
 		w.serve("127.0.0.1:1194", shared)
 		return []string{"attach", "--port", "1194", "--confirm", "reply", "--bpffs", w.bpffs}
 	}),
-	"detach":  attached("detach", "--port", "1194"),
-	"upgrade": attached("upgrade", "--flows", "1000"),
-	"status":  attached("status"),
-	"flows":   attached("flows", "--port", "1194"),
-	"why":     attached("why", "127.0.0.1"),
+	"detach":             attached("detach", "--port", "1194"),
+	"upgrade":            attached("upgrade", "--flows", "1000"),
+	"status":             attached("status"),
+	"status --proto tcp": attachedTCP("status", "--proto", "tcp"),
+	"flows":              attached("flows", "--port", "1194"),
+	"why":                attached("why", "127.0.0.1"),
 	"events": func(w *capWorld) func([]capability.Capability) (int, string, string) {
 		w.attach()
 		return func(have []capability.Capability) (int, string, string) {
 			return w.until([]string{"reading events"}, have, "events", "--port", "1194", "--bpffs", w.bpffs)
 		}
 	},
-	"drain":  attached("drain", "--port", "1194", "--slot", "0"),
-	"resume": attached("resume", "--port", "1194", "--slot", "0"),
-	"weight": attached("weight", "--port", "1194", "--slot", "0", "2"),
-	"flush":  attached("flush", "--port", "1194", "--all"),
+	"drain":             attached("drain", "--port", "1194", "--slot", "0"),
+	"drain --proto tcp": attachedTCP("drain", "--port", "1194", "--proto", "tcp", "--slot", "0", "--wait"),
+	"resume":            attached("resume", "--port", "1194", "--slot", "0"),
+	"weight":            attached("weight", "--port", "1194", "--slot", "0", "2"),
+	"flush":             attached("flush", "--port", "1194", "--all"),
 	"run": line(func(w *capWorld) []string {
 		w.ownCgroup()
 		return []string{"run", "--port", "1194", "--", "true"}
@@ -397,6 +403,23 @@ func attached(args ...string) capTrial {
 		testnet.NewClients(w.t, w.ns, 10, "127.0.0.1:1194").Ask()
 		return append(args, "--bpffs", w.bpffs)
 	})
+}
+
+// attachedTCP is a command on a TCP port that is attached.
+func attachedTCP(args ...string) capTrial {
+	return line(func(w *capWorld) []string {
+		w.serveTCP()
+		w.rpsel("attach", "--port", "1194", "--proto", "tcp", "--bpffs", w.bpffs)
+		testnet.NewTCPClients(w.t, w.ns, 10, "127.0.0.1:1194").Ask()
+		return append(args, "--bpffs", w.bpffs)
+	})
+}
+
+func (w *capWorld) serveTCP() {
+	w.t.Helper()
+	o := shared
+	o.Network, o.Addr = "tcp4", "127.0.0.1:1194"
+	testnet.StartServer(w.t, w.ns, o)
 }
 
 // attach serves port 1194, and attaches it with all capabilities.

@@ -149,11 +149,13 @@ func (c *checker) machine() {
 	c.capabilities()
 	c.try("sk_reuseport programs", "can be loaded", features.HaveProgramType(ebpf.SkReuseport))
 	c.try("socket arrays", "can be made", features.HaveMapType(ebpf.ReusePortSockArray))
-	c.try("selection program", "the verifier accepts it", loadSelection())
+	c.try("selection program", "the verifier accepts it", tryLoad(bpf.LoadSelect))
 	_, err = sockets.Find(sockets.Query{Port: 1})
 	c.try("socket search", "works", err)
 	c.ptrace()
 	c.bpffs()
+	err = tryLoad(bpf.LoadConns)
+	c.note("connection counts", "attach --proto tcp", err == nil, "%s", orElse(err, "the verifier accepts the programs", fmt.Sprint(err)))
 	c.jit()
 	c.cgroup2(kernel)
 	c.note("bpf_timer", "housekeeping while no agent runs", loader.HaveTimer(), "Linux 5.15 or later")
@@ -200,9 +202,9 @@ func (c *checker) capabilities() {
 	}
 }
 
-// loadSelection loads the selection program as attach would, and drops it.
-func loadSelection() error {
-	spec, err := bpf.LoadSelect()
+// tryLoad loads programs as attach would, and drops them.
+func tryLoad(load func() (*ebpf.CollectionSpec, error)) error {
+	spec, err := load()
 	if err != nil {
 		return err
 	}

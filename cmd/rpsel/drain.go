@@ -14,6 +14,7 @@ import (
 
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/maps"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 // target chooses listeners: a process's in every group, or one slot.
@@ -39,6 +40,23 @@ type chosen struct {
 
 func (c chosen) name(s *scope) string {
 	return fmt.Sprintf("%s slot %d, %s (pid %d)", s.groupName(c.group.Key()), c.Slot, c.Command, c.PID)
+}
+
+// waitsFor is how much a listener has that a drain waits for: flows, or
+// connections, of which some may wait in its queue that nobody has counted.
+func (c chosen) waitsFor(now loader.Listener) int {
+	if c.group.Key().Proto == sockets.TCP {
+		return max(now.Connections, now.RxQueue)
+	}
+	return now.Flows
+}
+
+// counted puts that in words.
+func (c chosen) counted(n int) string {
+	if c.group.Key().Proto == sockets.TCP {
+		return plural(n, "connection")
+	}
+	return plural(n, "flow")
 }
 
 // find opens the groups and finds the listeners, dead ones left out. The caller
@@ -95,6 +113,7 @@ func writeAltered(e *env, s *scope, groups []*loader.Group, listeners []chosen) 
 		WeightBefore int    `json:"weight_before"`
 		Weight       int    `json:"weight"`
 		Flows        int    `json:"flows"`
+		Connections  int    `json:"connections"`
 	}
 	type groupAlteredJSON struct {
 		groupJSON
@@ -121,6 +140,7 @@ func writeAltered(e *env, s *scope, groups []*loader.Group, listeners []chosen) 
 			altered.Listeners = append(altered.Listeners, alteredJSON{
 				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie,
 				StateBefore: l.State, State: now.State, WeightBefore: l.Weight, Weight: now.Weight, Flows: now.Flows,
+				Connections: now.Connections,
 			})
 		}
 		if len(altered.Listeners) > 0 {
@@ -144,7 +164,10 @@ func newDrainCmd(e *env) *cobra.Command {
 		Long: `End new flows for a listener. It keeps the flows it has until they go idle, and
 gets new ones only when every other listener drains too. With --wait the command
 returns when the last flow is idle, or the listener is gone; it fails when the
-listener is resumed meanwhile, or its group detached.`,
+listener is resumed meanwhile, or its group detached.
+
+A TCP listener keeps the connections it has. There --wait returns when the last of
+them is closed, also if the server has closed its listener by then.`,
 		Example: `  rpsel drain --port 1194 --slot 0
   rpsel drain --port 1194 --slot 0 --wait --timeout 1h`,
 		Args: noArgs,
@@ -161,7 +184,7 @@ listener is resumed meanwhile, or its group detached.`,
 				if err := l.group.Drain(l.Slot); err != nil {
 					return err
 				}
-				e.say("%s: %s, %s%s", l.name(&t.scope), already(l.State == "draining", "draining"), plural(l.Flows, "flow"), sharedWith(l.Listener))
+				e.say("%s: %s, %s", l.name(&t.scope), already(l.State == "draining", "draining"), l.counted(l.waitsFor(l.Listener))+sharedWith(l.Listener))
 			}
 			if err := warnAllDraining(e, &t.scope, groups); err != nil {
 				return err
@@ -178,7 +201,7 @@ listener is resumed meanwhile, or its group detached.`,
 		},
 	}
 	t.addFlags(cmd)
-	cmd.Flags().BoolVar(&wait, "wait", false, "return when its last flow is idle, or the listener is gone")
+	cmd.Flags().BoolVar(&wait, "wait", false, "return when its last flow is idle (TCP: its last connection closed), or the listener is gone")
 	cmd.Flags().Var(durationValue{&timeout, time.Millisecond, loader.MaxIdle}, "timeout", "give up waiting after this `DURATION`, with exit code 6 (default: never)")
 	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
@@ -212,7 +235,7 @@ func warnAllDraining(e *env, s *scope, groups []*loader.Group) error {
 	return err
 }
 
-// awaitDrained waits until none of the listeners has a flow, until the timeout
+// awaitDrained waits until none of the listeners has a flow, or connection, until the timeout
 // if there is one, or an interrupt. It fails if one does not drain any more.
 func awaitDrained(e *env, s *scope, listeners []chosen, timeout time.Duration) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
@@ -236,46 +259,42 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 			if err != nil {
 				return err
 			}
-			now, alive := living(status, l.Cookie)
+			now, known := listenerIn(status, l.Slot)
+			known = known && now.Cookie == l.Cookie
 			switch {
-			case !alive:
+			case !known || now.State == "dead":
 				// Its group may have been detached from it instead.
 				open, err := s.fs().Open(l.group.Key())
 				if err != nil {
 					return err
 				}
 				open.Close()
+				if known {
+					left += now.Connections
+				}
 			case now.State != "draining":
 				return fmt.Errorf("%s: it drains no longer: somebody resumed it, or attached its group anew", l.name(s))
 			default:
-				left += now.Flows
+				left += l.waitsFor(now)
 			}
 		}
 		if left == 0 {
 			return nil
 		}
+		words := listeners[0].counted(left)
 		if left != last {
-			e.say("%s left", plural(left, "flow"))
+			e.say("%s left", words)
 			last = left
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return &codedError{exitTimeout, fmt.Errorf("%s: %s left after --timeout: the listener drains on, wait again", s, plural(left, "flow"))}
+				return &codedError{exitTimeout, fmt.Errorf("%s: %s left after --timeout: the listener drains on, wait again", s, words)}
 			}
-			return fmt.Errorf("%s: interrupted with %s left: the listener drains on", s, plural(left, "flow"))
+			return fmt.Errorf("%s: interrupted with %s left: the listener drains on", s, words)
 		}
 	}
-}
-
-// living finds a listener by its socket, unless it is dead.
-func living(s loader.Status, cookie uint64) (loader.Listener, bool) {
-	i := slices.IndexFunc(s.Listeners, func(l loader.Listener) bool { return l.Cookie == cookie && l.State != "dead" })
-	if i < 0 {
-		return loader.Listener{}, false
-	}
-	return s.Listeners[i], true
 }
 
 func newResumeCmd(e *env) *cobra.Command {

@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
@@ -135,5 +137,67 @@ func TestDrainedNoLonger(t *testing.T) {
 	attach().Close()
 	if err := waitDrained(ctx, &env{out: io.Discard, err: io.Discard}, s, listener); err == nil || !strings.Contains(err.Error(), "it drains no longer") {
 		t.Errorf("attached anew: got %v", err)
+	}
+}
+
+// The wait for a TCP listener ends with the last connection that it accepted, not
+// before, also if the server closes the listener meanwhile. The connections are of
+// before the attach and after it.
+func TestDrainWaitsForConnections(t *testing.T) {
+	const addr = "127.0.0.1:1194"
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	o := testnet.ServerOptions{Network: "tcp4", Addr: addr, ReusePort: true, Name: "s0"}
+	server := testnet.StartServer(t, ns, o)
+	o.Name = "s1"
+	testnet.StartServer(t, ns, o)
+	where := []string{"--bpffs", bpffs, "-N", ns.Path(), "--port", "1194", "--proto", "tcp"}
+	conns := map[string][]net.Conn{}
+	dial := func(n int) {
+		t.Helper()
+		for range n {
+			name := make([]byte, 8)
+			err := ns.Do(func() error {
+				c, err := net.Dial("tcp", addr)
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { c.Close() })
+				n, err := c.Read(name)
+				conns[string(name[:n])] = append(conns[string(name[:n])], c)
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	dial(20)
+	if code, out, talk := rpsel(append([]string{"attach", "--policy", "least"}, where...)...); code != exitDone || !strings.Contains(out, "CONNS") {
+		t.Fatal(out, talk)
+	}
+	dial(20)
+	mine := conns["s0"]
+	if len(mine) < 3 || len(conns["s1"]) < 3 {
+		t.Fatalf("connections: %d and %d", len(mine), len(conns["s1"]))
+	}
+	last := &onText{text: "\n1 connection left\n", do: sync.OnceFunc(func() { mine[0].Close() })}
+	first := &onText{text: fmt.Sprintf("\n%d connections left\n", len(mine)), do: sync.OnceFunc(func() {
+		dial(10)
+		server.Close(0)
+		for _, c := range mine[1:] {
+			c.Close()
+		}
+	})}
+	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "1m"}, where...)
+	code := run(args, &env{out: io.Discard, err: io.MultiWriter(first, last)})
+	if talk := last.all.String(); code != exitDone || !strings.Contains(talk, last.text) {
+		t.Errorf("exit code %d: %s", code, talk)
+	}
+	if got := len(conns["s0"]); got != len(mine) {
+		t.Errorf("%d new connections while it drained", got-len(mine))
+	}
+	code, out, talk := rpsel(append([]string{"status", "-j"}, where...)...)
+	if want := fmt.Sprintf(`"connections":%d}`, len(conns["s1"])); code != exitDone || !strings.Contains(out, `"connections":0}`) || !strings.Contains(out, want) {
+		t.Errorf("want %s, status %s %s", want, out, talk)
 	}
 }

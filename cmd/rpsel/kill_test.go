@@ -10,6 +10,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -45,6 +46,7 @@ type killCase struct {
 	status  string   // what "status -j" prints in the end: a regular expression
 	look    bool     // and right after the kill
 	links   int      // in the end, to the cgroups of servers; 0: they are not in cgroups of their own
+	tcp     bool     // and thirty connections that stay open all the while
 }
 
 // P6: every command that changes a group is killed at each of its steps, and so
@@ -55,6 +57,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	rpsel := buildCommand(t, "-tags", "faults")
 	const upgraded = `"attached":true.*"tracked":200,`
 	const newest = "attach --settle 0 --policy newest"
+	const tenEach = `"attached":true.*("connections":10}.*){3}`
 	attached := []string{"attach --settle 0"}
 	const replied, confirmed = "attach --settle 0 --confirm reply", `"tracked":200,"established":200,`
 	var visited sync.Map
@@ -82,6 +85,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{name: "attach --confirm reply, a joiner elsewhere", servers: 3, links: 2, before: []string{replied, "start 1"}, killed: "attach", status: confirmed, fresh: []string{"t0"}},
 		{name: "drain, a cgroup has no listener any more", servers: 3, links: 1, before: []string{replied, "start 1", "attach", "kill"}, killed: "drain --slot 1", status: confirmed, fresh: []string{"s0"}, idle: []string{"s1"}},
 		{name: "upgrade, confirm reply", servers: 3, links: 1, before: []string{replied}, killed: "upgrade --flows 2000", status: confirmed, fresh: []string{"s0"}},
+		{name: "attach, TCP", tcp: true, servers: 3, killed: "attach", status: tenEach, fresh: []string{"s0", "s1", "s2"}},
+		{name: "upgrade, TCP", tcp: true, servers: 3, before: []string{"layout 1"}, killed: "upgrade", status: tenEach, fresh: []string{"s0", "s1", "s2"}},
 		{name: "run", servers: 3, before: attached, killed: "run", after: []string{"run", "attach"}, fresh: []string{"s0", "r"}},
 		{name: "run, all had died", servers: 1, before: []string{"attach --settle 0", "close"}, killed: "run", after: []string{"run", "attach --settle 0"}, fresh: []string{"r"}},
 		{name: "agent, a joiner", servers: 3, before: []string{"attach --settle 0", "add"}, killed: "agent", fresh: []string{"s3"}},
@@ -154,6 +159,7 @@ type killWorld struct {
 	rpsel   string
 	ns      *testnet.NetNS
 	bpffs   string
+	proto   string
 	log     string // of the steps
 	cgroup  string // of what "rpsel run" starts
 	options testnet.ServerOptions
@@ -163,9 +169,9 @@ type killWorld struct {
 	agent   *exec.Cmd
 }
 
-func newKillWorld(t *testing.T, rpsel string, servers int, inCgroup bool) *killWorld {
+func newKillWorld(t *testing.T, rpsel string, servers int, proto string, inCgroup bool) *killWorld {
 	w := &killWorld{
-		t: t, rpsel: rpsel, ns: testnet.New(t), bpffs: testnet.BPFFS(t),
+		t: t, rpsel: rpsel, ns: testnet.New(t), bpffs: testnet.BPFFS(t), proto: proto,
 		log: filepath.Join(t.TempDir(), "steps"),
 	}
 	own, err := cgroup.Own()
@@ -180,7 +186,7 @@ func newKillWorld(t *testing.T, rpsel string, servers int, inCgroup bool) *killW
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(run) })
-	w.options = testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: servers > 0}
+	w.options = testnet.ServerOptions{Network: proto + "4", Addr: "127.0.0.1:1194", ReusePort: servers > 0}
 	if inCgroup {
 		w.options.Cgroup = w.makeCgroup("s")
 	}
@@ -353,13 +359,32 @@ func (w *killWorld) do(at int, line string) (killed bool, err error) {
 		return false, nil
 	}
 	args := strings.Fields(line)
-	cmd := exec.Command(w.rpsel, slices.Concat(args[:1], []string{"--bpffs", w.bpffs, "-N", w.ns.Path(), "--port", "1194"}, args[1:])...)
+	cmd := exec.Command(w.rpsel, slices.Concat(args[:1], []string{"--bpffs", w.bpffs, "-N", w.ns.Path(), "--port", "1194", "--proto", w.proto}, args[1:])...)
 	cmd.Env = append(os.Environ(), fault...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("%s: %w: %s", line, err, out)
 	}
 	return isKilled(err), err
+}
+
+// keepOpen opens connections, each when the one before has been accepted.
+func keepOpen(t *testing.T, ns *testnet.NetNS, n int, addr string) {
+	t.Helper()
+	for range n {
+		err := ns.Do(func() error {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { c.Close() })
+			_, err = c.Read(make([]byte, 8))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func isKilled(err error) bool {
@@ -382,7 +407,7 @@ func (w *killWorld) stopAgent() {
 }
 
 func (w *killWorld) status() (code int, out, talk string) {
-	return rpsel("status", "--bpffs", w.bpffs, "-N", w.ns.Path(), "--port", "1194", "--json")
+	return rpsel("status", "--bpffs", w.bpffs, "-N", w.ns.Path(), "--port", "1194", "--proto", w.proto, "--json")
 }
 
 // registered tells whether a process has so many listeners, all with what they
@@ -425,10 +450,17 @@ func (w *killWorld) registered(pid, n int) bool {
 // and returns the steps that were passed.
 func (c *killCase) run(t *testing.T, rpsel string, at int) (steps []string) {
 	t.Helper()
-	w := newKillWorld(t, rpsel, c.servers, c.links > 0)
+	proto, newClients := "udp", testnet.NewClients
+	if c.tcp {
+		proto, newClients = "tcp", testnet.NewTCPClients
+	}
+	w := newKillWorld(t, rpsel, c.servers, proto, c.links > 0)
 	when := fmt.Sprintf("killed at step %d", at)
 	defer func() { w.close(when) }()
-	clients := testnet.NewClients(t, w.ns, 200, "127.0.0.1:1194")
+	clients := newClients(t, w.ns, 200, "127.0.0.1:1194")
+	if c.tcp {
+		keepOpen(t, w.ns, 30, "127.0.0.1:1194")
+	}
 	for _, line := range c.before {
 		clients.Ask()
 		if _, err := w.do(-1, line); err != nil {
@@ -477,7 +509,7 @@ func (c *killCase) run(t *testing.T, rpsel string, at int) (steps []string) {
 	}
 	var shares map[string]int
 	right := func() bool {
-		shares = testnet.Shares(testnet.NewClients(t, w.ns, 100, "127.0.0.1:1194").Ask())
+		shares = testnet.Shares(newClients(t, w.ns, 100, "127.0.0.1:1194").Ask())
 		has := func(s string) bool { return shares[s] > 0 }
 		return !slices.ContainsFunc(c.fresh, func(s string) bool { return !has(s) }) && !slices.ContainsFunc(c.idle, has)
 	}

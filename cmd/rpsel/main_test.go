@@ -229,6 +229,8 @@ func TestStatusTable(t *testing.T) {
 	dead.Attached, dead.Settling = false, 42*time.Second
 	dead.Unregistered = nil
 	dead.Listeners = []loader.Listener{{Slot: 11, State: "dead", Weight: 1, Recent: 7, RxQueue: -1, Drops: -1}}
+	tcp := example()
+	tcp.Key.Proto, tcp.Listeners[0].Connections = sockets.TCP, 17
 	turning := example()
 	turning.Policy, turning.Turning = "newest", 4*time.Second
 	turning.Listeners, turning.Unregistered = nil, nil
@@ -244,6 +246,13 @@ udp 0.0.0.0:1194  policy hash  affinity flow  flows 4400/262144  rehomed 310  fa
      0  4711  openvpn  active             1   4090     12    51023    0      0
      1  4702  openvpn  draining           0    310      0     1200    0      0
      -  4800  openvpn  unregistered       -      -      -        -    0      0
+`},
+		{"tcp", tcp, true, `
+tcp 0.0.0.0:1194  policy hash  affinity flow  flows 4400/262144  rehomed 310  fallback 0
+  SLOT   PID  COMMAND  STATE         WEIGHT  FLOWS  NEW/S  PACKETS  RXQ  DROPS  CONNS
+     0  4711  openvpn  active             1   4090     12    51023    0      0     17
+     1  4702  openvpn  draining           0    310      0     1200    0      0      0
+     -  4800  openvpn  unregistered       -      -      -        -    0      0      -
 `},
 		{"unusual", dead, false, `
 udp [::]:1194 v6only uid 1000  policy hash  affinity flow  flows 4400/262144  rehomed 310  fallback 0  settling 42s  not attached
@@ -280,7 +289,7 @@ func TestStatusJSON(t *testing.T) {
 		`"counters":{"runs":0,"hit":0,"new":0,"rehomed":310,"untracked":0,"fallback":0,"migrated":0,"parse_error":0,"table_full":0,"evicted":0},` +
 		`"unregistered":[{"pid":4800,"command":"openvpn","reason":"not registered yet: \"rpsel attach\" registers it"}],` +
 		`"listeners":[{"slot":0,"pid":4711,"command":"openvpn","cookie":801,"generation":3,"state":"active","weight":1,` +
-		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0}],"client_prefix":"","first":"","owner":null,"warnings":[]}]}` + "\n"
+		`"flows":4090,"hit":50000,"new":1020,"rehomed":3,"untracked":0,"migrated":0,"bytes":0,"rx_queue":null,"drops":0,"connections":0}],"client_prefix":"","first":"","owner":null,"warnings":[]}]}` + "\n"
 	if diff := cmp.Diff(want, got.String()); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/rpsel/rpsel/internal/daemon"
 	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 func newStatusCmd(e *env) *cobra.Command {
@@ -26,7 +27,7 @@ func newStatusCmd(e *env) *cobra.Command {
 What is wrong with a group is said on standard error, and is in the "warnings" of
 --json. NEW/S is over the last 10 seconds. PACKETS counts runs of the program that chose
 the listener: a train of datagrams that GRO joined is one. RXQ and DROPS are the
-socket's own.`,
+socket's own. CONNS, of TCP, are the connections that the listener has open now.`,
 		Example: `  rpsel status
   rpsel status --port 1194 -j
   rpsel status -N all`,
@@ -142,18 +143,30 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 		{"SLOT", true}, {"PID", true}, {"COMMAND", false}, {"STATE", false}, {"WEIGHT", true},
 		{"FLOWS", true}, {"NEW/S", true}, {"PACKETS", true}, {"RXQ", true}, {"DROPS", true},
 	}}
+	tcp := status.Key.Proto == sockets.TCP
+	if tcp {
+		t.columns = append(t.columns, column{"CONNS", true})
+	}
 	for _, l := range status.Listeners {
-		t.add(strconv.Itoa(l.Slot), unlessZero(l.PID), l.Command, l.State, strconv.Itoa(l.Weight),
+		cells := []string{strconv.Itoa(l.Slot), unlessZero(l.PID), l.Command, l.State, strconv.Itoa(l.Weight),
 			strconv.Itoa(l.Flows), rate(l.Recent), strconv.FormatUint(l.Hit+l.New+l.Rehomed+l.Untracked+l.Migrated, 10),
-			unlessNegative(l.RxQueue), unlessNegative(l.Drops))
+			unlessNegative(l.RxQueue), unlessNegative(l.Drops)}
+		if tcp {
+			cells = append(cells, strconv.Itoa(l.Connections))
+		}
+		t.add(cells...)
 	}
 	for _, u := range status.Unregistered {
 		pid, command := 0, "-"
 		if len(u.Socket.Holders) > 0 {
 			pid, command = u.Socket.Holders[0].PID, u.Socket.Holders[0].Command
 		}
-		t.add("-", unlessZero(pid), command, "unregistered", "-", "-", "-", "-",
-			strconv.FormatUint(uint64(u.Socket.RxQueue), 10), strconv.FormatUint(uint64(u.Socket.Drops), 10))
+		cells := []string{"-", unlessZero(pid), command, "unregistered", "-", "-", "-", "-",
+			strconv.FormatUint(uint64(u.Socket.RxQueue), 10), strconv.FormatUint(uint64(u.Socket.Drops), 10)}
+		if tcp {
+			cells = append(cells, "-")
+		}
+		t.add(cells...)
 	}
 	return t.write(w, header)
 }
@@ -251,6 +264,8 @@ type listenerJSON struct {
 	Bytes      uint64 `json:"bytes"`
 	RxQueue    *int   `json:"rx_queue"` // null: unknown
 	Drops      *int   `json:"drops"`    // null: unknown
+	// Open now; 0 for UDP.
+	Connections int `json:"connections"`
 }
 
 func (s *scope) statusJSON(list []loader.Status) statusJSON {
@@ -276,7 +291,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 		for _, l := range status.Listeners {
 			g.Listeners = append(g.Listeners, listenerJSON{
 				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie, Generation: l.Generation,
-				State: l.State, Weight: l.Weight, Flows: l.Flows,
+				State: l.State, Weight: l.Weight, Flows: l.Flows, Connections: l.Connections,
 				Hit: l.Hit, New: l.New, Rehomed: l.Rehomed, Untracked: l.Untracked, Migrated: l.Migrated, Bytes: l.Bytes,
 				RxQueue: nullIfNegative(l.RxQueue), Drops: nullIfNegative(l.Drops),
 			})

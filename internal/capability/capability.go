@@ -55,6 +55,7 @@ type Need struct {
 // each line.
 var Needs = []Need{
 	{"attach", []Capability{BPF, Perfmon, Ptrace}},
+	{"attach --proto tcp", []Capability{BPF, Perfmon, Ptrace}},
 	{"attach -N", []Capability{Ptrace, SysAdmin}},
 	{"attach, where no bpffs is mounted", []Capability{Ptrace, SysAdmin}},
 	{"attach --adopt", []Capability{BPF, Perfmon, Ptrace, Chown}},
@@ -65,10 +66,12 @@ var Needs = []Need{
 	{"detach", []Capability{BPF, Perfmon, Ptrace}},
 	{"upgrade", []Capability{BPF, Perfmon, Ptrace}},
 	{"status", []Capability{BPF, Perfmon}},
+	{"status --proto tcp", []Capability{BPF, Perfmon}},
 	{"flows", []Capability{BPF, Perfmon}},
 	{"why", []Capability{BPF, Perfmon}},
 	{"events", []Capability{BPF}},
 	{"drain", []Capability{BPF, Perfmon}},
+	{"drain --proto tcp", []Capability{BPF, Perfmon}},
 	{"resume", []Capability{BPF, Perfmon}},
 	{"weight", []Capability{BPF, Perfmon}},
 	{"flush", []Capability{BPF, Perfmon}},
