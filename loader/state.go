@@ -378,10 +378,10 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 // speaks of MEMLOCK.
 func loadError(what string, err error) error {
 	// Without CAP_PERFMON the verifier refuses to let the program spill what it
-	// takes for pointers.
+	// takes for pointers, or (6.18) meets a bug of its own: EFAULT.
 	needs := []capability.Capability{capability.BPF, capability.Perfmon}
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && len(capability.Missing(needs...)) > 0:
+	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
 		return capability.Denied("load "+what, needs...)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed: %w", what, ErrUnsupported, err)
