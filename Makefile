@@ -11,7 +11,7 @@ CLANG        := clang-19
 STRIP        := llvm-strip-19
 CLANG_FORMAT := clang-format-19
 
-export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin
+export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 # A go that is too old fetches the one that go.mod asks for.
 export GOTOOLCHAIN := auto
 GO      := go
@@ -23,6 +23,9 @@ BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
                haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
+VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
+               perl=perl-base unshare=util-linux \
+               /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 LINT_NEEDS  := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
 
 .PHONY: help
@@ -41,12 +44,26 @@ demo: ## plain Linux and rpsel side by side, in a network namespace of its own
 	./rpsel demo
 
 .PHONY: test
-test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx
-	@$(call root,test)
-	@$(call need,$(TEST_NEEDS))
+test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx, and some under two others
+	@$(call need,$(TEST_NEEDS) $(VM_NEEDS))
 	@$(MAKE) --no-print-directory generated
 	$(GO) vet ./...
-	$(GO) test -count=1 -timeout=20m ./...
+	@if $(GO) run ./test/vm -usable; then \
+		set -x; $(GO) run ./test/vm -set ci -kernels "6.1 6.12" $(VM_FLAGS); \
+		$(GO) test -count=1 -timeout=30m ./...; \
+	else \
+		set -x; $(GO) run ./test/vm -kernels 6.12 $(VM_FLAGS); \
+		$(GO) run ./test/vm -set ci -kernels 6.1 $(VM_FLAGS); \
+		RPSEL_TEST_ELSEWHERE=1 $(GO) test -count=1 -timeout=30m ./...; \
+	fi
+
+# A mirror of Debian, where this machine's package sources have none.
+VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
+
+.PHONY: vm
+vm: ## the tests under other kernels, in QEMU: all of them, or KERNEL=6.12; SET=ci for a few minutes
+	@$(call need,$(VM_NEEDS))
+	$(GO) run ./test/vm $(if $(KERNEL),-kernels "$(KERNEL)",-docs docs/kernels.md) $(if $(SET),-set $(SET)) $(VM_FLAGS)
 
 .PHONY: soak
 soak: ## the stress tests and the chaos test for ten minutes each
@@ -80,7 +97,7 @@ lint: ## gofmt, vet and clang-format
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -f rpsel
+	rm -rf rpsel test/vm/.cache
 
 # root explains why a target wants to be root.
 define root

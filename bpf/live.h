@@ -47,7 +47,7 @@ OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choi
  * bit last: if the second selection succeeds it came in between, and the bit is
  * set again whatever the order.
  */
-OWN_FUNCTION int bury_bit(struct sk_reuseport_md *ctx, __u64 *word, __u32 slot)
+ALWAYS_INLINE int bury_bit(struct sk_reuseport_md *ctx, __u64 *word, __u32 slot)
 {
 	__u64 bit = 1ull << (slot & 63);
 
@@ -189,7 +189,8 @@ OWN_FUNCTION int choose_live(struct sk_reuseport_md *ctx, __u32 hash, __u32 rank
 }
 
 /* choose_heir takes a listener of the first rank that has one, and returns that rank or RANKS. */
-OWN_FUNCTION int choose_heir(struct sk_reuseport_md *ctx, __u32 hash, int waiting, struct choice *c)
+ALWAYS_INLINE int choose_heir(struct sk_reuseport_md *ctx, __u32 hash, int waiting,
+			      struct choice *c)
 {
 	for (__u32 i = 0; i < RANKS; i++) {
 		__u32 rank = nth_rank(i, waiting);

@@ -11,6 +11,7 @@ import (
 
 // The kernel lists a namespace as long as anything keeps it, and no longer.
 func TestNetNSCookies(t *testing.T) {
+	testnet.Privileged(t)
 	lists := func(cookie uint64) bool {
 		t.Helper()
 		cookies, err := sockets.NetNSCookies()

@@ -115,7 +115,7 @@ func await(s scope, n int) error {
 // answered all the time, and the next agent registers what has come.
 func TestAgentKilled(t *testing.T) {
 	testnet.Privileged(t)
-	binary := buildCommand(t)
+	binary := buildCommand(t, "rpsel")
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
 	options := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Name: "a"}
 	services := fmt.Sprintf("[[service]]\nport = 1194\nnetns = %q\nsettle = \"0s\"\n", ns.Path())
@@ -173,7 +173,7 @@ func TestAgentKilled(t *testing.T) {
 // that on a server among them. It looks for itself then.
 func TestAgentMissesEvents(t *testing.T) {
 	testnet.Privileged(t)
-	binary := buildCommand(t)
+	binary := buildCommand(t, "rpsel")
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
 	const port, bursts = 28194, 4500 // the buffer holds some 3600
 	options := testnet.ServerOptions{Network: "udp4", Addr: fmt.Sprint("127.0.0.1:", port), ReusePort: true, Name: "a"}
@@ -222,7 +222,7 @@ func TestAgentMissesEvents(t *testing.T) {
 // eight listeners, tables of the default size.
 func BenchmarkAgentAtRest(b *testing.B) {
 	testnet.Privileged(b)
-	binary := buildCommand(b)
+	binary := buildCommand(b, "rpsel")
 	ns, bpffs := testnet.New(b), testnet.BPFFS(b)
 	services := ""
 	const first = 29194 // no other test of this machine makes events there

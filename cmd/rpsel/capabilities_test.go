@@ -488,7 +488,7 @@ func TestCapabilitiesAreListed(t *testing.T) {
 // What needs no capability works without any. check says what is missing.
 func TestNoCapability(t *testing.T) {
 	testnet.Privileged(t)
-	w := newCapWorld(t, buildCommand(t), capCaller)
+	w := newCapWorld(t, buildCommand(t, "rpsel"), capCaller)
 	for _, args := range [][]string{{"version"}, {"completion", "bash"}, {"help"}} {
 		if code, out, talk := w.run(nil, args...); code != exitDone || out == "" {
 			t.Errorf("%v: exit code %d, stdout %q, stderr %q", args, code, out, talk)
@@ -510,7 +510,7 @@ func TestNoCapability(t *testing.T) {
 // which one that is.
 func TestCapabilities(t *testing.T) {
 	testnet.Privileged(t)
-	built := buildCommand(t)
+	built := buildCommand(t, "rpsel")
 	for _, n := range capability.Needs {
 		trial, ok := capTrials[n.Command]
 		if !ok {

@@ -54,7 +54,7 @@ type killCase struct {
 // where they went, what comes next succeeds, and nothing is left behind.
 func TestKilledAtEveryStep(t *testing.T) {
 	testnet.Privileged(t)
-	rpsel := buildCommand(t, "-tags", "faults")
+	rpsel := buildCommand(t, "rpsel-faults")
 	const upgraded = `"attached":true.*"tracked":200,`
 	const newest = "attach --settle 0 --policy newest"
 	const tenEach = `"attached":true.*("connections":10}.*){3}`

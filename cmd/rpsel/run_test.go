@@ -95,7 +95,7 @@ func TestRunRegisters(t *testing.T) {
 			const n = 16
 			options := testnet.ServerOptions{
 				Network: network, Addr: map[string]string{"udp4": "127.0.0.1", "udp6": "[::1]", "tcp4": "127.0.0.1"}[network] + ":1194",
-				Wrap: []string{buildCommand(t), "run", "--bpffs", bpffs, "--port", "1194", "--"},
+				Wrap: []string{buildCommand(t, "rpsel"), "run", "--bpffs", bpffs, "--port", "1194", "--"},
 			}
 			where := []string{"--bpffs", bpffs, "--port", "1194", "--proto", network[:3], "-N", ns.Path()}
 			rpselDone := func(verb string, args ...string) string {
@@ -183,7 +183,7 @@ func TestRunAttachesAgain(t *testing.T) {
 	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
 	options := testnet.ServerOptions{
 		Network: "udp4", Addr: "127.0.0.1:1194",
-		Wrap: []string{buildCommand(t), "run", "--bpffs", bpffs, "--port", "1194", "--"},
+		Wrap: []string{buildCommand(t, "rpsel"), "run", "--bpffs", bpffs, "--port", "1194", "--"},
 	}
 	only := testnet.StartServer(t, ns, options)
 	if code, _, talk := rpsel("attach", "--bpffs", bpffs, "--port", "1194", "-N", ns.Path(), "--settle", "1s"); code != exitDone {
@@ -220,7 +220,7 @@ func TestRunDebug(t *testing.T) {
 	if _, err := exec.LookPath("perl"); err != nil {
 		(&testnet.Unavailable{What: "a dynamically linked server", Err: err}).Skip(t)
 	}
-	path := buildCommand(t)
+	path := buildCommand(t, "rpsel")
 	const perl = `use Socket; $0 = "server";
 		socket(S, PF_INET, SOCK_DGRAM, 0) and bind(S, sockaddr_in(1194, INADDR_LOOPBACK)) or die "$!\n";
 		print STDERR "$$\n"; <STDIN>;`
@@ -274,12 +274,12 @@ func TestRunDebug(t *testing.T) {
 	}
 }
 
-// buildCommand builds rpsel, with flags, where every user can execute it.
-func buildCommand(t testing.TB, flags ...string) string {
+// buildCommand builds one of testnet.Builds where every user can execute it.
+func buildCommand(t testing.TB, name string) string {
 	t.Helper()
 	path := filepath.Join(testnet.RunDir(t), "rpsel")
-	if out, err := exec.Command("go", append([]string{"build", "-o", path}, flags...)...).CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	if err := testnet.BuildAt(path, name); err != nil {
+		t.Fatal(err)
 	}
 	return path
 }

@@ -27,7 +27,7 @@ func TestTwentyShells(t *testing.T) {
 		commands  = 5 // of each
 		listeners = 4 // of each group
 	)
-	path := buildCommand(t)
+	path := buildCommand(t, "rpsel")
 	for _, c := range []struct {
 		name   string
 		groups int

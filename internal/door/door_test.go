@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/internal/testnet"
 )
@@ -126,7 +127,7 @@ func say(t testing.TB, path string, message []byte, n int) (text string, done bo
 // needRoot is for doors of other users.
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Getuid() != 0 {
+	if os.Getuid() != 0 || len(capability.Missing(capability.Chown)) > 0 {
 		(&testnet.Unavailable{What: "another user's door", Err: unix.EPERM}).Skip(t)
 	}
 }

@@ -57,10 +57,7 @@ func withServer(run func() int) int {
 		panic(err)
 	}
 	server = filepath.Join(dir, "server")
-	build := exec.Command("go", "build", "-o", server, "./testdata/server")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
+	if err := testnet.BuildAt(server, "force-server"); err != nil {
 		panic(err)
 	}
 	return run()

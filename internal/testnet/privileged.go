@@ -13,8 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// envElsewhere says that machines of test/vm run what cannot run here.
+const envElsewhere = "RPSEL_TEST_ELSEWHERE"
+
 // Unavailable is why a test cannot run here. It is fatal to the test when the
-// environment says CI=true, and skips it elsewhere.
+// environment says CI=true, unless another machine runs it, and skips it
+// elsewhere.
 type Unavailable struct {
 	What string // what is missing
 	Err  error
@@ -27,11 +31,13 @@ func (u *Unavailable) Unwrap() error { return u.Err }
 // Skip skips the test for a typed reason, or fails it when CI=true.
 func (u *Unavailable) Skip(t testing.TB) {
 	t.Helper()
-	if os.Getenv("CI") == "true" {
+	if !maySkip() {
 		t.Fatal("in CI this must not be skipped: ", u)
 	}
 	t.Skip(u)
 }
+
+func maySkip() bool { return os.Getenv("CI") != "true" || os.Getenv(envElsewhere) != "" }
 
 // Privileged skips the test if this process may not create network namespaces
 // or load selection programs, and fails it when CI=true. It looks once per
@@ -46,6 +52,10 @@ func Privileged(t testing.TB) {
 		t.Fatal(err)
 	}
 }
+
+// Usable reports why this process may not create network namespaces or load
+// selection programs: an *Unavailable, unless something else is wrong.
+func Usable() error { return privileged() }
 
 var privileged = sync.OnceValue(func() error {
 	created := make(chan error)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -33,6 +34,9 @@ type work struct {
 // Main is a TestMain for packages whose tests start servers or Build the command.
 func Main(m *testing.M) {
 	MaybeServe()
+	if _, no := errors.AsType[*Unavailable](privileged()); no && maySkip() {
+		flag.Set("test.skip", "^Example") // an example cannot skip itself
+	}
 	code := m.Run()
 	if err := os.RemoveAll(buildDir); err != nil {
 		fmt.Fprintln(os.Stderr, err)

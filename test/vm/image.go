@@ -1,0 +1,241 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/u-root/u-root/pkg/cpio"
+
+	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/test/vm/guest"
+)
+
+// modules are those that tests need and Debian does not build in.
+var modules = []string{
+	"inet_diag", "udp_diag", "tcp_diag", "unix_diag", "netlink_diag", "veth", "tun", "dummy",
+	"nf_tables", "nft_compat", "sch_fq", "sch_ingress", "cls_bpf",
+}
+
+// programs are those of this machine that tests start, besides rpsel: some
+// because they are linked dynamically.
+var programs = []string{"sh", "cat", "cp", "mount", "perl", "sleep", "unshare"}
+
+// built is what is compiled once for all kernels.
+type built struct {
+	dir   string // with init, the tests as NAME.test, and testnet.Builds
+	tests map[string]string
+}
+
+// build compiles everything into dir, statically.
+func build(dir string, packages []string) (built, error) {
+	b := built{dir: dir, tests: map[string]string{}}
+	goCommand := func(args ...string) error {
+		cmd := exec.Command("go", args...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("go %s: %w\n%s", args[0], err, out)
+		}
+		return nil
+	}
+	const small = "-ldflags=-s -w"
+	if err := goCommand("build", small, "-o", filepath.Join(dir, "init"), module+"/test/vm/init"); err != nil {
+		return b, err
+	}
+	for name, args := range testnet.Builds {
+		if err := goCommand(append([]string{"build", small, "-o", filepath.Join(dir, name)}, args...)...); err != nil {
+			return b, err
+		}
+	}
+	for _, pkg := range packages {
+		b.tests[pkg] = strings.ReplaceAll(pkg, "/", "-") + ".test"
+		if err := goCommand("test", "-c", small, "-o", filepath.Join(dir, b.tests[pkg]), module+"/"+pkg); err != nil {
+			return b, err
+		}
+	}
+	return b, nil
+}
+
+// image writes the file system of a machine: what was built, the files of the
+// repository, some programs of this machine, the modules of the kernel, and
+// the order.
+func (b built) image(to io.Writer, k kernel, source string, order guest.Order) error {
+	a := newArchive(to)
+	a.dir("proc", "sys", "dev", "run", "tmp", "root", "etc", "var/tmp", "home", "mnt")
+	a.text("etc/passwd", "root:x:0:0::/root:/bin/sh\ndaemon:x:1:1::/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
+	a.text("etc/group", "root:x:0:\ndaemon:x:1:\nwww-data:x:33:\nnogroup:x:65534:\n")
+	a.text("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+	a.file(filepath.Join(b.dir, "init"), "init")
+	for name := range testnet.Builds {
+		a.file(filepath.Join(b.dir, name), filepath.Join(guest.Built, name))
+	}
+	for pkg, name := range b.tests {
+		a.file(filepath.Join(b.dir, name), filepath.Join(guest.Source, pkg, name))
+	}
+	a.tree(source, guest.Source)
+	for _, name := range programs {
+		a.program(name)
+	}
+	a.perl()
+	order.Modules = a.modules(k)
+	text, err := json.Marshal(order)
+	if err != nil {
+		return err
+	}
+	a.text(guest.OrderFile, string(text))
+	return a.close()
+}
+
+// archive is a file system in the making. The first error makes it do nothing
+// more, and is that of close.
+type archive struct {
+	out cpio.RecordWriter
+	has map[string]bool
+	err error
+}
+
+func newArchive(to io.Writer) *archive {
+	return &archive{out: cpio.Newc.Writer(to), has: map[string]bool{".": true}}
+}
+
+func (a *archive) close() error {
+	if a.err != nil {
+		return a.err
+	}
+	return cpio.WriteTrailer(a.out)
+}
+
+// add writes a record, once, after the directories it is in.
+func (a *archive) add(r cpio.Record) {
+	r.Name = strings.TrimPrefix(r.Name, "/")
+	if a.err != nil || a.has[r.Name] {
+		return
+	}
+	a.has[r.Name] = true
+	a.dir(filepath.Dir(r.Name))
+	if a.err == nil {
+		a.err = a.out.WriteRecord(cpio.MakeReproducible(r))
+	}
+}
+
+func (a *archive) dir(names ...string) {
+	for _, name := range names {
+		a.add(cpio.Directory(name, 0o755))
+	}
+}
+
+func (a *archive) text(name, text string) { a.add(cpio.StaticFile(name, text, 0o644)) }
+
+// file adds a file of this machine, or where a link leads.
+func (a *archive) file(path, name string) {
+	if a.err != nil {
+		return
+	}
+	stat, err := os.Stat(path)
+	var text []byte
+	if err == nil {
+		text, err = os.ReadFile(path)
+	}
+	if err != nil {
+		a.err = err
+		return
+	}
+	a.add(cpio.StaticFile(name, string(text), uint64(stat.Mode().Perm())))
+}
+
+// tree adds the files of a directory, but for hidden ones, such as .git.
+func (a *archive) tree(dir, name string) {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		switch hidden := path != dir && strings.HasPrefix(d.Name(), "."); {
+		case err != nil:
+			return err
+		case hidden && d.IsDir():
+			return fs.SkipDir
+		case !hidden && d.Type().IsRegular():
+			a.file(path, filepath.Join(name, strings.TrimPrefix(path, dir)))
+		}
+		return nil
+	})
+	a.err = errors.Join(a.err, err)
+}
+
+// library is a line of ldd, as in "libc.so.6 => /lib/libc.so.6 (0x7f00)" or
+// "/lib64/ld-linux-x86-64.so.2 (0x7f00)".
+var library = regexp.MustCompile(`(?m)^\s(?:\S+ => )?(/\S+) \(`)
+
+// program adds a program of this machine, with its libraries, to /bin.
+func (a *archive) program(name string) {
+	if a.err != nil {
+		return
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		a.err = err
+		return
+	}
+	a.file(path, filepath.Join("bin", name))
+	a.libraries(path)
+}
+
+func (a *archive) libraries(path string) {
+	// It fails for what is linked statically.
+	out, _ := exec.Command("ldd", path).Output()
+	for _, match := range library.FindAllSubmatch(out, -1) {
+		a.file(string(match[1]), string(match[1]))
+	}
+}
+
+// perl adds the modules that a one-line server needs.
+func (a *archive) perl() {
+	const list = `use Socket; use IO::Socket; print "$_\n" for values %INC`
+	out, err := exec.Command("perl", "-e", list).Output()
+	if err != nil && a.err == nil {
+		a.err = fmt.Errorf("perl: %w", err)
+	}
+	for line := range strings.Lines(string(out)) {
+		path := strings.TrimSpace(line)
+		a.file(path, path)
+	}
+	out, err = exec.Command("perl", "-e", `use Socket; use DynaLoader; print "$_\n" for @DynaLoader::dl_shared_objects`).Output()
+	if err != nil && a.err == nil {
+		a.err = fmt.Errorf("perl: %w", err)
+	}
+	for line := range strings.Lines(string(out)) {
+		path := strings.TrimSpace(line)
+		a.file(path, path)
+		a.libraries(path)
+	}
+}
+
+// modules adds the kernel's and returns their names in the order to load them.
+func (a *archive) modules(k kernel) (names []string) {
+	dep, err := os.ReadFile(filepath.Join(k.modules, "modules.dep"))
+	if err != nil {
+		a.err = errors.Join(a.err, err)
+		return nil
+	}
+	for _, file := range closure(dep, modules) {
+		path := filepath.Join(k.modules, file)
+		name := filepath.Join("/modules", filepath.Base(file))
+		if plain, ok := strings.CutSuffix(name, ".xz"); ok {
+			text, err := command(nil, "xz", "-dc", path)
+			if err != nil {
+				a.err = errors.Join(a.err, err)
+				return nil
+			}
+			name = plain
+			a.text(name, text)
+		} else {
+			a.file(path, name)
+		}
+		names = append(names, name)
+	}
+	return names
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// release is a kernel of Debian's that tests run under.
+type release struct {
+	name  string // as in make vm KERNEL=…
+	suite string // of Debian, where its package is
+	old   bool   // it lacks what rpsel needs: what is tested is that rpsel says so
+	ahead bool   // not released: only when asked for
+}
+
+var releases = []release{
+	{name: "5.10", suite: "bullseye", old: true},
+	{name: "6.1", suite: "bookworm"},
+	{name: "6.12", suite: "trixie"},
+	{name: "newest", suite: "sid"},
+	{name: "experimental", suite: "experimental", ahead: true},
+}
+
+// kernel is one that was fetched.
+type kernel struct {
+	release
+	image   string // the file to boot
+	modules string // the directory with kernel/ and modules.dep
+}
+
+// fetch takes a kernel from the cache, or else from a mirror of Debian, which
+// is one of the machine's own sources unless the caller names one.
+func (r release) fetch(cache, mirror string) (kernel, error) {
+	dir := filepath.Join(cache, r.suite)
+	if k, err := r.find(dir); err == nil {
+		return k, nil
+	}
+	// What an interrupted fetch left is of no use.
+	if err := os.RemoveAll(dir); err != nil {
+		return kernel{}, err
+	}
+	a, err := newApt(filepath.Join(dir, "apt"), r.suite, mirror)
+	if err != nil {
+		return kernel{}, err
+	}
+	files, err := a.download()
+	if err != nil {
+		return kernel{}, fmt.Errorf("kernel %s of %s: %w", r.name, r.suite, err)
+	}
+	fetched := filepath.Join(dir, "apt", "root")
+	for _, file := range files {
+		if _, err := command(nil, "dpkg-deb", "-x", file, fetched); err != nil {
+			return kernel{}, err
+		}
+		if err := os.Remove(file); err != nil {
+			return kernel{}, err
+		}
+	}
+	lib, err := modulesIn(fetched)
+	if err != nil {
+		return kernel{}, err
+	}
+	// The package's script would do that, in the machine's own directories.
+	if _, err := command(nil, "depmod", "-b", strings.TrimSuffix(lib, filepath.Join("lib/modules", filepath.Base(lib))), filepath.Base(lib)); err != nil {
+		return kernel{}, err
+	}
+	// Renamed last: what has this name is whole.
+	if err := os.Rename(fetched, filepath.Join(dir, "root")); err != nil {
+		return kernel{}, err
+	}
+	return r.find(dir)
+}
+
+// find looks for a kernel that was fetched before.
+func (r release) find(dir string) (kernel, error) {
+	root := filepath.Join(dir, "root")
+	lib, err := modulesIn(root)
+	if err != nil {
+		return kernel{}, err
+	}
+	for _, pattern := range []string{filepath.Join(root, "boot/vmlinuz-*"), filepath.Join(lib, "vmlinuz*")} {
+		if found, _ := filepath.Glob(pattern); len(found) == 1 {
+			return kernel{r, found[0], lib}, nil
+		}
+	}
+	return kernel{}, fmt.Errorf("%s: no kernel image: %w", root, fs.ErrNotExist)
+}
+
+func modulesIn(root string) (string, error) {
+	for _, dir := range []string{"lib/modules/*", "usr/lib/modules/*"} {
+		if found, _ := filepath.Glob(filepath.Join(root, dir)); len(found) == 1 {
+			return found[0], nil
+		}
+	}
+	return "", fmt.Errorf("%s: no kernel modules: %w", root, fs.ErrNotExist)
+}
+
+// apt fetches packages of one suite, checks their signatures, and leaves the
+// machine's own configuration alone.
+type apt struct {
+	dir string
+	env []string
+}
+
+const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+func newApt(dir, suite, mirror string) (*apt, error) {
+	if mirror == "" {
+		var err error
+		if mirror, err = ownMirror(); err != nil {
+			return nil, err
+		}
+	}
+	for _, sub := range []string{"lists/partial", "cache/archives/partial", "debs"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	// An empty status: no package counts as installed.
+	config := fmt.Sprintf(`
+Dir::State %[1]q;
+Dir::State::status "%[1]s/status";
+Dir::Cache "%[1]s/cache";
+Dir::Etc::sourcelist "%[1]s/sources.list";
+Dir::Etc::sourceparts "-";
+Dir::Etc::preferencesparts "-";
+Acquire::Languages "none";
+APT::Sandbox::User "root";
+`, dir)
+	source := fmt.Sprintf("deb [target=Packages signed-by=%s] %s %s main\n", keyring, mirror, suite)
+	for name, text := range map[string]string{"apt.conf": config, "sources.list": source, "status": ""} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	return &apt{dir, append(os.Environ(), "LC_ALL=C", "APT_CONFIG="+filepath.Join(dir, "apt.conf"))}, nil
+}
+
+var errNoMirror = errors.New("none of this machine's package sources is a mirror of Debian: name one, as in make vm MIRROR=URL")
+
+// ownMirror is the mirror of Debian that this machine has its packages from.
+func ownMirror() (string, error) {
+	// Whose archive it is could be told only after an apt-get update.
+	out, err := command(nil, "apt-get", "indextargets", "--no-release-info", "--format", "$(COMPONENT) $(REPO_URI)", "Identifier: Packages")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(out) {
+		if uri, ok := strings.CutPrefix(strings.TrimSpace(line), "main "); ok && strings.Contains(uri, "/debian/") {
+			return uri, nil
+		}
+	}
+	return "", errNoMirror
+}
+
+// meta depends on the newest kernel of a suite that is made for virtual
+// machines.
+const meta = "linux-image-cloud-amd64"
+
+// Since Linux 7 the image and the modules have packages of their own.
+var wanted = regexp.MustCompile(`^linux-(image|binary|modules)-[0-9].*-cloud-amd64$`)
+
+// download returns the files with the newest kernel of the suite.
+func (a *apt) download() ([]string, error) {
+	if _, err := command(a.env, "apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"); err != nil {
+		return nil, err
+	}
+	out, err := command(a.env, "apt-cache", "depends", "--recurse", "--important", meta)
+	if err != nil {
+		return nil, err
+	}
+	var packages []string
+	for line := range strings.Lines(out) {
+		if name := strings.TrimSpace(line); wanted.MatchString(name) && !slices.Contains(packages, name) {
+			packages = append(packages, name)
+		}
+	}
+	if len(packages) == 0 {
+		return nil, fmt.Errorf("%s depends on no kernel", meta)
+	}
+	debs := filepath.Join(a.dir, "debs")
+	cmd := exec.Command("apt-get", append([]string{"download", "-q"}, packages...)...)
+	cmd.Dir, cmd.Env = debs, a.env
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("apt-get download: %w\n%s", err, out)
+	}
+	return filepath.Glob(filepath.Join(debs, "*.deb"))
+}
+
+// command runs a program and returns its output, or an error with all that it
+// said.
+func command(env []string, name string, args ...string) (string, error) {
+	cmd := exec.Command(name, args...)
+	cmd.Env = env
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s%s", name, err, out.Bytes(), said.Bytes())
+	}
+	return out.String(), nil
+}
+
+// closure puts modules in the order to load them, with those that they need.
+// modules.dep has a line for each: its file, a colon, and the files of all that
+// it needs, to be loaded from the last to the first. What no file is named
+// after is left out: it is built in, or this kernel does not have it.
+func closure(dep []byte, names []string) []string {
+	type module struct {
+		file  string
+		needs []string
+	}
+	modules := map[string]module{}
+	for s := bufio.NewScanner(bytes.NewReader(dep)); s.Scan(); {
+		file, needs, _ := strings.Cut(s.Text(), ":")
+		name, _, _ := strings.Cut(filepath.Base(file), ".")
+		modules[strings.ReplaceAll(name, "-", "_")] = module{file, strings.Fields(needs)}
+	}
+	var files []string
+	for _, name := range names {
+		m, ok := modules[name]
+		if !ok {
+			continue
+		}
+		slices.Reverse(m.needs)
+		for _, file := range append(m.needs, m.file) {
+			if !slices.Contains(files, file) {
+				files = append(files, file)
+			}
+		}
+	}
+	return files
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/rpsel/rpsel/test/vm/guest"
+)
+
+// machine is one boot of one kernel.
+type machine struct {
+	kernel  kernel
+	image   string        // its file system
+	console string        // file for what the kernel says
+	accel   string        // kvm or tcg
+	silence time.Duration // longer than this without an event, and it hangs
+}
+
+// accelerators are what to try, in this order: the processor's own
+// virtualization where there is one, then emulation.
+func accelerators() []string {
+	cpu, err := os.ReadFile("/proc/cpuinfo")
+	// There may be a /dev/kvm that nothing runs with, in a guest for example.
+	able := err == nil && regexp.MustCompile(`(?m)^flags.* (vmx|svm)( |$)`).Match(cpu)
+	if able && unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil {
+		return []string{"kvm", "tcg"}
+	}
+	return []string{"tcg"}
+}
+
+// cpus are the processors of the machines. Emulated, cmpxchg16b now and then
+// leaves flags that are none (seen with QEMU 7.2: Linux 6.12, which allocates
+// memory by it, then dies of a double fault).
+var cpus = map[string]string{"kvm": "max", "tcg": "max,cx16=off"}
+
+// errSilent: the machine has not said a word, so it has done nothing.
+var errSilent = errors.New("the machine has not started")
+
+// run boots the machine and hands on its events. It returns nil if the machine
+// has done all that it was ordered to, whatever came out of it.
+func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
+	ctx, kill := context.WithCancelCause(ctx)
+	defer kill(nil)
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
+		"-machine", "q35,accel="+m.accel, "-cpu", cpus[m.accel], "-smp", "2", "-m", "2048",
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-device", "virtio-rng-pci",
+		// The console and, undisturbed by it, the events.
+		"-serial", "file:"+m.console, "-chardev", "stdio,id=events,signal=off", "-serial", "chardev:events",
+		"-kernel", m.kernel.image, "-initrd", m.image,
+		// A kernel in trouble restarts, which -no-reboot makes the end.
+		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("%w: install qemu-system-x86", err)
+	}
+	hangs := time.AfterFunc(m.silence, func() {
+		kill(fmt.Errorf("nothing came for %v, so it was killed", m.silence))
+	})
+	var started, done bool
+	var broken string
+	read := bufio.NewReader(out)
+	for {
+		line, err := read.ReadBytes('\n')
+		if err != nil {
+			break // the machine has ended
+		}
+		var e guest.Event
+		if err := json.Unmarshal(line, &e); err != nil {
+			continue // firmware and loader may write there before the guest does
+		}
+		hangs.Reset(m.silence)
+		started = started || e.Kernel != ""
+		done = done || e.Done
+		broken += e.Broken
+		on(e)
+	}
+	err = cmd.Wait()
+	hangs.Stop()
+	switch {
+	case broken != "":
+		return errors.New(broken)
+	case done:
+		return nil
+	}
+	reason := "it ended before its time"
+	if cause := context.Cause(ctx); cause != nil {
+		reason = cause.Error()
+	} else if err != nil {
+		reason = strings.TrimSpace(fmt.Sprintf("qemu: %v %s", err, said.Bytes()))
+	}
+	reason = fmt.Sprintf("%s; the end of its console:\n%s", reason, m.tail())
+	if !started {
+		return fmt.Errorf("%w: %s", errSilent, reason)
+	}
+	return errors.New(reason)
+}
+
+// tail is what the kernel said last.
+func (m *machine) tail() string {
+	const lines = 40
+	text, err := os.ReadFile(m.console)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(text), "\r", "")), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// trouble is what no kernel says that is well.
+var trouble = regexp.MustCompile(`(?m)^.*(?:\bBUG: |WARNING: CPU|WARNING: .* at |Oops: |general protection fault|INFO: rcu|blocked for more than).*$`)
+
+// complaint is the first line of the console that tells of a bug in the kernel,
+// or of one of ours that it found.
+func (m *machine) complaint() string {
+	text, err := os.ReadFile(m.console)
+	if err != nil {
+		return err.Error()
+	}
+	return strings.TrimSpace(trouble.FindString(string(text)))
+}
+
+// boot makes the machine of a kernel in dir and runs it: emulated, if it does
+// not start otherwise.
+func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, on func(guest.Event)) (*machine, error) {
+	m := &machine{
+		kernel: k, image: filepath.Join(dir, "image"), silence: silence,
+		console: filepath.Join(dir, "console-"+k.name+".log"),
+	}
+	f, err := os.Create(m.image)
+	if err != nil {
+		return m, err
+	}
+	defer os.Remove(m.image)
+	buffered := bufio.NewWriterSize(f, 1<<20)
+	if err := errors.Join(b.image(buffered, k, source, o), buffered.Flush(), f.Close()); err != nil {
+		return m, err
+	}
+	for _, m.accel = range accelerators() {
+		if err = m.run(ctx, on); !errors.Is(err, errSilent) {
+			break
+		}
+	}
+	return m, err
+}

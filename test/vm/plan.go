@@ -1,0 +1,131 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/rpsel/rpsel/test/vm/guest"
+)
+
+type leaving struct{ pkg, test, why string }
+
+// leftOut are the tests that no machine runs, and why. No test is named
+// where all of the package are meant.
+var leftOut = []leaving{
+	{"test/e2e", "", "needs OpenVPN and systemd"},
+	{"test/model", "", "runs no program in a kernel"},
+	{"test/bench", "", "measures: emulation has another speed"},
+	{"test/vm", "", "would start machines in the machine"},
+	{"agent", "TestLight", "asks the go command"},
+}
+
+// few are the tests of CI: one or two of everything that a kernel may do
+// differently, with traffic. Each word is a regular expression of its own.
+var few = map[string]string{
+	"bpf": "TestVerifier|Fuzz",
+	"loader": `^Test(TCP|House|Newest|UpgradeTCP|EveryRunIsCountedOnce)$ ` +
+		`^Test(AttachMovesNothing|CloseAndJoin)$/(127.0.0.1|\[::\]):1194_from_127.*,_3$`,
+	"sockets":        "^Test(FindGroups|FindHolders|Take|Adopt|NetNSes|FindMPTCP)$",
+	"internal/watch": "^Test(Events|BesideOthers)$",
+	"internal/force": "^Test(Dynamic|Reuseaddr|BindDevice)$",
+	"cmd/rpsel":      "^TestScripts$/^(attach|drain)$",
+}
+
+// onOld are those for a kernel that is too old.
+var onOld = map[string]string{"cmd/rpsel": "^TestOldKernel$"}
+
+// plan is which tests are run.
+type plan struct {
+	set   string
+	tests map[string]string // package to regular expressions, "" for all
+}
+
+func newPlan(set, only, pattern string) (plan, error) {
+	p := plan{set, map[string]string{}}
+	switch set {
+	case "ci":
+		p.tests = few
+	case "all":
+		all, err := withTests()
+		if err != nil {
+			return p, err
+		}
+		for _, pkg := range all {
+			p.tests[pkg] = ""
+		}
+	default:
+		return p, fmt.Errorf("set %q: use all or ci", set)
+	}
+	if only != "" {
+		only = strings.TrimPrefix(filepath.Clean(only), "./")
+		p.tests = map[string]string{only: p.tests[only]}
+	}
+	if pattern != "" {
+		for pkg := range p.tests {
+			p.tests[pkg] = pattern
+		}
+	}
+	return p, nil
+}
+
+// withTests are the packages that have tests and are not left out.
+func withTests() (packages []string, err error) {
+	out, err := command(nil, "go", "list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", module+"/...")
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(out) {
+		pkg := strings.TrimPrefix(strings.TrimSpace(line), module+"/")
+		if pkg != "" && !slices.ContainsFunc(leftOut, func(l leaving) bool { return l.pkg == pkg && l.test == "" }) {
+			packages = append(packages, pkg)
+		}
+	}
+	return packages, nil
+}
+
+// of is what one kernel runs.
+func (p plan) of(r release) map[string]string {
+	if r.old {
+		return onOld
+	}
+	return p.tests
+}
+
+// packages are those with a test that one of the kernels runs.
+func (p plan) packages(releases []release) (packages []string) {
+	for _, r := range releases {
+		packages = slices.AppendSeq(packages, maps.Keys(p.of(r)))
+	}
+	slices.Sort(packages)
+	return slices.Compact(packages)
+}
+
+// order is what the machine of a kernel does, with the tests under these names.
+func (p plan) order(r release, names map[string]string) guest.Order {
+	o := guest.Order{Env: environment}
+	for _, pkg := range p.packages([]release{r}) {
+		var skip []string
+		for _, l := range leftOut {
+			if l.pkg == pkg {
+				skip = append(skip, "^"+regexp.QuoteMeta(l.test)+"$")
+			}
+		}
+		dir := filepath.Join(guest.Source, pkg)
+		argv := []string{filepath.Join(dir, names[pkg]), "-test.v=test2json", "-test.timeout=30m"}
+		if skip != nil {
+			argv = append(argv, "-test.skip="+strings.Join(skip, "|"))
+		}
+		patterns := strings.Fields(p.of(r)[pkg])
+		if len(patterns) == 0 {
+			patterns = []string{"."}
+		}
+		for _, pattern := range patterns {
+			o.Runs = append(o.Runs, guest.Run{Name: pkg, Dir: dir, Argv: append(slices.Clip(argv), "-test.run="+pattern)})
+		}
+	}
+	return o
+}

@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/u-root/u-root/pkg/cpio"
+
+	"github.com/rpsel/rpsel/test/vm/guest"
+)
+
+func TestClosure(t *testing.T) {
+	const dep = `kernel/a/udp_diag.ko.xz: kernel/a/inet_diag.ko.xz
+kernel/a/inet_diag.ko.xz:
+kernel/b/nf-tables.ko: kernel/b/top.ko kernel/b/libcrc32c.ko kernel/b/bottom.ko
+kernel/b/top.ko: kernel/b/bottom.ko
+`
+	got := closure([]byte(dep), []string{"udp_diag", "no_such", "nf_tables", "inet_diag"})
+	want := []string{
+		"kernel/a/inet_diag.ko.xz", "kernel/a/udp_diag.ko.xz",
+		"kernel/b/bottom.ko", "kernel/b/libcrc32c.ko", "kernel/b/top.ko", "kernel/b/nf-tables.ko",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error("-want +got\n", diff)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	names := func(list string) string {
+		chosen, err := choose(list)
+		if err != nil {
+			return err.Error()
+		}
+		var names []string
+		for _, r := range chosen {
+			names = append(names, r.name)
+		}
+		return strings.Join(names, " ")
+	}
+	for list, want := range map[string]string{
+		"":            "5.10 6.1 6.12 newest",
+		"6.12,trixie": "6.12 6.12",
+		"sid 6.1":     "newest 6.1",
+		"4.19":        `kernel "4.19": use one of 5.10, 6.1, 6.12, newest, experimental`,
+	} {
+		if got := names(list); got != want {
+			t.Errorf("%q: %s, want %s", list, got, want)
+		}
+	}
+}
+
+// Every directory comes before what is in it, and nothing twice.
+func TestArchive(t *testing.T) {
+	var b bytes.Buffer
+	a := newArchive(&b)
+	a.text("/a/b/one", "1")
+	a.text("a/b/one", "2")
+	a.dir("a", "c")
+	if err := a.close(); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	err := cpio.ForEachRecord(cpio.Newc.Reader(bytes.NewReader(b.Bytes())), func(r cpio.Record) error {
+		got = append(got, r.Name)
+		return nil
+	})
+	if diff := cmp.Diff([]string{"a", "a/b", "a/b/one", "c"}, got); err != nil || diff != "" {
+		t.Error(err, diff)
+	}
+	a.file("/proc/self/mem", "cannot be read")
+	if a.close() == nil {
+		t.Error("a file that cannot be read is no error")
+	}
+}
+
+// What tests print makes the outcome; so does what they cannot print any more.
+func TestOutcome(t *testing.T) {
+	const m = "\x16"
+	pass := m + "=== RUN   TestA\n" + m + "=== ATTR  TestA verified/x 12\n" + m + "--- PASS: TestA (0.00s)\n" +
+		m + "=== RUN   TestA2\n" + m + "=== RUN   TestA2/sub\n" + m + "--- PASS: TestA2/sub (0.00s)\n" + m + "=== NAME  TestA2\n" + m + "--- PASS: TestA2 (0.00s)\n"
+	for _, test := range []struct {
+		name, said              string
+		end                     guest.End
+		passed, failed, skipped int
+		problem                 string
+	}{
+		{"pass", pass + m + "PASS\n", guest.End{}, 2, 0, 0, ""},
+		{"fail", pass + m + "=== RUN   TestB\n    b_test.go:1: why\n" + m + "--- FAIL: TestB (0.00s)\n" + m + "FAIL\n", guest.End{Code: 1}, 2, 1, 0, ""},
+		{"skip", pass + m + "=== RUN   TestB\n" + m + "--- SKIP: TestB (0.00s)\n" + m + "PASS\n", guest.End{}, 2, 0, 1, ""},
+		{"panic", pass + m + "=== RUN   TestB\npanic: no\n", guest.End{Code: 2}, 2, 1, 0, ""},
+		{"killed", pass + m + "=== RUN   TestB\n", guest.End{Code: -1, How: "killed"}, 2, 1, 0, "ended by signal: killed"},
+		{"exit code alone", pass + m + "PASS\n", guest.End{Code: 1}, 2, 0, 0, "exit code 1"},
+		{"nothing", "testing: warning: no tests to run\nPASS\n", guest.End{}, 0, 0, 0, "no test was run"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := collector{done: func(*outcome) {}}
+			c.on(guest.Event{Run: "loader"})
+			for _, part := range strings.SplitAfter(test.said, "e") { // comes in any pieces
+				c.on(guest.Event{Output: []byte(part)})
+			}
+			c.on(guest.Event{End: &test.end})
+			o := c.packages[0]
+			got := []any{o.passed, o.failed, o.skipped, o.problem, o.noted["verified/x"]}
+			verified := "12"
+			if test.passed == 0 {
+				verified = ""
+			}
+			if diff := cmp.Diff([]any{test.passed, test.failed, test.skipped, test.problem, verified}, got); diff != "" {
+				t.Error("-want +got\n", diff)
+			}
+			if ok := test.failed == 0 && test.problem == ""; o.ok() != ok {
+				t.Errorf("ok is %v", o.ok())
+			}
+			if said := strings.Join(o.said, ""); test.name == "fail" && !strings.Contains(said, "why") {
+				t.Errorf("does not say why: %q", said)
+			}
+		})
+	}
+}
+
+// A machine that does not come to its end is a failure that says why, with what
+// its kernel said last. Its qemu is a script here.
+func TestMachineEnds(t *testing.T) {
+	event := func(e guest.Event) string {
+		line, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprintf("echo '%s'\n", line)
+	}
+	up := event(guest.Event{Kernel: "6.1.0"}) + event(guest.Event{Run: "loader"})
+	for _, test := range []struct{ name, script, want string }{
+		{"done", "echo 'SeaBIOS'\n" + up + event(guest.Event{Done: true}), ""},
+		{"panic", up + "echo 'Kernel panic - not syncing: Out of memory' > console", "it ended before its time; the end of its console:\nKernel panic - not syncing: Out of memory"},
+		{"hang", up + "exec sleep 100", "nothing came for 1s, so it was killed; the end of its console:\n"},
+		{"never up", "echo 'double fault' > console", "the machine has not started: it ended before its time; the end of its console:\ndouble fault"},
+		{"cannot start", "echo 'no such machine' >&2; exit 1", "the machine has not started: qemu: exit status 1 no such machine; the end of its console:\n"},
+		{"init in trouble", up + event(guest.Event{Broken: "load /x.ko: exec format error"}) + event(guest.Event{Done: true}), "load /x.ko: exec format error"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			script := "#!/bin/sh\ncd " + dir + "\n: > console\n" + test.script
+			if err := os.WriteFile(filepath.Join(dir, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			m := machine{console: filepath.Join(dir, "console"), accel: "tcg", silence: time.Second}
+			if test.name != "hang" {
+				m.silence = time.Minute
+			}
+			c := collector{done: func(*outcome) {}}
+			err := m.run(context.Background(), c.on)
+			got := ""
+			if err != nil {
+				got = err.Error()
+			}
+			if got != test.want {
+				t.Errorf("ended with %q\nwant       %q", got, test.want)
+			}
+			if up := !strings.HasPrefix(test.want, "the machine has not"); errors.Is(err, errSilent) == up {
+				t.Errorf("up is %v: %v", up, err)
+			}
+			r := c.ended(err, m.complaint())
+			if r.ok() {
+				t.Error("a run without its end is no failure")
+			}
+		})
+	}
+}
+
+// A bug that the kernel finds is a failure although no test noticed.
+func TestComplaint(t *testing.T) {
+	for text, want := range map[string]string{
+		"[    0.0] ..MP-BIOS bug: 8254 timer not connected\n[    1.0] mtrr: your CPUs had inconsistent MTRRs\n":                    "",
+		"[    9.1] ------------[ cut here ]------------\r\n[    9.2] WARNING: CPU: 1 PID: 77 at net/core/sock_reuseport.c:1 x\r\n": "[    9.2] WARNING: CPU: 1 PID: 77 at net/core/sock_reuseport.c:1 x",
+		"[    9.1] BUG: kernel NULL pointer dereference\n":                                                                         "[    9.1] BUG: kernel NULL pointer dereference",
+	} {
+		path := filepath.Join(t.TempDir(), "console")
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		m := machine{console: path}
+		if got := m.complaint(); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+		if r := (&collector{}).ended(nil, m.complaint()); r.ok() != (want == "") {
+			t.Errorf("%q: ok is %v", text, r.ok())
+		}
+	}
+}
