@@ -93,7 +93,7 @@ OWN_FUNCTION int note_peer(struct sk_reuseport_md *ctx, const struct config *cfg
 	was = READ_ONCE(*word);
 	if (word_tag(was) != word_tag(mine))
 		return 0;
-	if (age(now, word_second(was)) <= (__s32)cfg->idle) {
+	if (recent(now, word_second(was), cfg->idle)) {
 		int one = word_state(was) == PEER_ONE;
 
 		if (same_listener(was, mine) && !one)
@@ -121,7 +121,7 @@ OWN_FUNCTION int follow_peer(struct sk_reuseport_md *ctx, const struct config *c
 		return 0;
 	w = READ_ONCE(*word);
 	if (word_tag(w) != peer_tag(&p) || word_state(w) != PEER_ONE ||
-	    age(now, word_second(w)) > (__s32)cfg->idle)
+	    !recent(now, word_second(w), cfg->idle))
 		return 0;
 	c->slot = word_slot(w);
 	c->incarnation = word_incarnation(w);

@@ -210,7 +210,7 @@ OWN_FUNCTION int keep_house(__u32 now)
 	if (!h)
 		return 0;
 	ticked = READ_ONCE(h->ticked);
-	if (ticked && age(now, ticked) <= TICKS_LATE)
+	if (ticked && recent(now, ticked, TICKS_LATE))
 		return 0;
 	if (!ticked)
 		WRITE_ONCE(h->mend, ALL); /* listeners may have died before */

@@ -23,7 +23,7 @@ ALWAYS_INLINE int by_table(const struct config *cfg)
 	if (!h)
 		return 1;
 	full = READ_ONCE(h->full);
-	return full && age(clock(), full) <= (__s32)cfg->idle;
+	return full && recent(clock(), full, cfg->idle);
 }
 
 /* left_untracked notes that there was no room for a flow, or another had to give way. */

@@ -32,7 +32,14 @@ func TestVerifier(t *testing.T) {
 		{"select-bytes", bpf.LoadSelect, values{
 			bpf.SelectVarAffinity: uint32(3), bpf.SelectVarKeyOffset: uint32(8 + 1400), bpf.SelectVarKeyLength: uint32(64),
 		}},
+		{"select-reply", bpf.LoadSelect, values{bpf.SelectVarConfirm: uint32(1)}},
+		{"select-openvpn", bpf.LoadSelect, values{bpf.SelectVarFirstPackets: uint32(1)}},
+		{"select-openvpn-reply", bpf.LoadSelect, values{bpf.SelectVarFirstPackets: uint32(1), bpf.SelectVarConfirm: uint32(1)}},
+		{"select-client-reply", bpf.LoadSelect, values{bpf.SelectVarAffinity: uint32(2), bpf.SelectVarConfirm: uint32(1)}},
+		{"select-tcp", bpf.LoadSelect, values{bpf.SelectVarTcp: uint32(1), bpf.SelectVarAffinity: uint32(1)}},
+		{"select-tcp-client", bpf.LoadSelect, values{bpf.SelectVarTcp: uint32(1), bpf.SelectVarAffinity: uint32(2)}},
 		{"select-no-timer", bpf.LoadSelect, values{bpf.SelectVarTimer: uint32(0)}},
+		{"conns", bpf.LoadConns, nil},
 		{"find", bpf.LoadFind, nil},
 		{"bind", bpf.LoadBind, values{
 			bpf.BindVarReuseport: int32(1), bpf.BindVarReuseaddr: int32(1), bpf.BindVarDevice: [16]byte{'l', 'o'}, bpf.BindVarTrace: true,

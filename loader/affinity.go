@@ -221,25 +221,3 @@ func affinityOf(c *bpf.SelectConfig) (Affinity, ClientPrefix) {
 		return AffinityFlow, ClientPrefix{}
 	}
 }
-
-// checkFixed refuses what cannot be changed while the group is attached.
-func (s *state) checkFixed(key Key, o Options) error {
-	v := s.config.Values()
-	if o.Flows != 0 && uint32(o.Flows) != v.Capacity {
-		return fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, v.Capacity, o.Flows)
-	}
-	affinity, prefix := affinityOf(v)
-	if o.Affinity != "" && o.Affinity != affinity {
-		return fmt.Errorf("%s: affinity %s: %w, with %s: detach it, and attach it with that", key, o.Affinity, ErrFixed, affinity)
-	}
-	if given := o.ClientPrefix; given != (ClientPrefix{}) && given.full() != prefix.full() {
-		return fmt.Errorf("%s: client prefix %s: %w, with %d/%d: detach it, and attach it with that", key, given, ErrFixed, prefix.full().V4, prefix.full().V6)
-	}
-	if o.First != "" && o.First != firstOf(v) {
-		return fmt.Errorf("%s: first %s: %w, with none: detach it, and attach it with that", key, o.First, ErrFixed)
-	}
-	if confirm := confirmOf(v); o.Confirm != "" && o.Confirm != confirm {
-		return fmt.Errorf("%s: confirm %s: %w, with %s: detach it, and attach it with that", key, o.Confirm, ErrFixed, confirm)
-	}
-	return nil
-}

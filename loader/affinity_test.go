@@ -18,6 +18,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 // anyAddress makes every address of 2001:db8::/32 the namespace's, as every one
@@ -442,45 +443,99 @@ func TestAffinityUpgrade(t *testing.T) {
 	}
 }
 
-// What is fixed while attached is refused with the way out, and what makes no
-// sense at once.
+// refusal is of options, with words of the error.
+type refusal struct {
+	o    loader.Options
+	want string
+}
+
+// refuses tries options that an attach and its plan refuse, each in one line.
+func refuses(t *testing.T, fs loader.FS, conn *sockets.Conn, refusals ...refusal) {
+	t.Helper()
+	for _, r := range refusals {
+		_, err := fs.Attach(conn, r.o)
+		_, planErr := fs.Plan(conn, r.o)
+		for _, err := range []error{err, planErr} {
+			if err == nil || !strings.Contains(err.Error(), r.want) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("%+v: %v, want %q", r.o, err, r.want)
+			}
+			if strings.Contains(r.want, "fixed") != errors.Is(err, loader.ErrFixed) {
+				t.Errorf("%+v: ErrFixed: %v", r.o, err)
+			}
+		}
+	}
+}
+
+// What makes no sense is refused at once.
 func TestAffinityRefused(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	testnet.StartGroup(t, ns, 2, udpServer)
-	conn := member(t, ns)
+	testnet.StartGroup(t, ns, 1, udpServer)
+	refuses(t, fs, member(t, ns),
+		refusal{loader.Options{Affinity: "bytes:0,0"}, "bytes:OFFSET,LENGTH"},
+		refusal{loader.Options{Affinity: "bytes:2000,1"}, "bytes:OFFSET,LENGTH"},
+		refusal{loader.Options{Affinity: "server"}, "use flow, client"},
+		refusal{loader.Options{ClientPrefix: loader.ClientPrefix{V4: 24, V6: 56}}, "it goes with affinity client"},
+		refusal{loader.Options{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 33}}, "such as 24/56"})
+}
+
+// What is fixed while attached is refused with the way out, and all is as before, its
+// idle times too; the same anew is no change.
+func TestFixed(t *testing.T) {
+	const detach = ": detach it, and attach it with that"
+	dir := inCgroup(t)
+	prefix := loader.ClientPrefix{V4: 24, V6: 56}
 	for _, c := range []struct {
-		o    loader.Options
-		want string
+		name     string
+		o        loader.Options
+		refusals []refusal
 	}{
-		{loader.Options{Affinity: "bytes:0,0"}, "bytes:OFFSET,LENGTH"},
-		{loader.Options{Affinity: "bytes:2000,1"}, "bytes:OFFSET,LENGTH"},
-		{loader.Options{Affinity: "server"}, "use flow, client"},
-		{loader.Options{ClientPrefix: loader.ClientPrefix{V4: 24, V6: 56}}, "it goes with affinity client"},
-		{loader.Options{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 33}}, "such as 24/56"},
+		{"defaults", loader.Options{}, []refusal{
+			{loader.Options{Flows: 1000}, `flows 1000: fixed while attached, with 262144: "rpsel upgrade --flows 1000" changes it`},
+			{loader.Options{Affinity: loader.AffinityClient}, "affinity client: fixed while attached, with flow" + detach},
+			{loader.Options{First: loader.FirstOpenVPN}, "first openvpn: fixed while attached, with none" + detach},
+			{loader.Options{Confirm: loader.ConfirmReply}, "confirm reply: fixed while attached, with client" + detach},
+		}},
+		{"affinity client", loader.Options{Affinity: loader.AffinityClient, ClientPrefix: prefix}, []refusal{
+			{loader.Options{Affinity: loader.AffinityFlow}, "affinity flow: fixed while attached, with client" + detach},
+			{loader.Options{Affinity: loader.AffinityNone}, "affinity none: fixed while attached, with client" + detach},
+			{loader.Options{Affinity: loader.AffinityBytes(0, 4)}, "affinity bytes:0,4: fixed while attached, with client" + detach},
+			{loader.Options{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 64}},
+				"client prefix 24/64: fixed while attached, with 24/56" + detach},
+		}},
+		{"first and confirm", loader.Options{Flows: 1000, Affinity: loader.AffinityFlow, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, []refusal{
+			{loader.Options{Flows: 2000}, "flows 2000: fixed while attached, with 1000"},
+			{loader.Options{Confirm: loader.ConfirmClient}, "confirm client: fixed while attached, with reply" + detach},
+		}},
 	} {
-		if _, err := fs.Attach(conn, c.o); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%+v: %v, want %q", c.o, err, c.want)
-		}
-	}
-	first := loader.Options{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 56}}
-	for range 2 { // the second has nothing to do
-		attach(t, fs, ns, first)
-	}
-	g := attach(t, fs, ns, loader.Options{Idle: time.Minute})
-	for _, o := range []loader.Options{
-		{Affinity: loader.AffinityFlow},
-		{Affinity: loader.AffinityNone},
-		{Affinity: loader.AffinityBytes(0, 4)},
-		{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 64}},
-	} {
-		_, err := fs.Attach(conn, o)
-		_, planErr := fs.Plan(conn, o)
-		if !errors.Is(err, loader.ErrFixed) || !errors.Is(planErr, loader.ErrFixed) || !strings.Contains(err.Error(), "detach it") {
-			t.Errorf("%+v: %v, %v", o, err, planErr)
-		}
-	}
-	if s := status(t, g); !s.Attached || s.Affinity != first.Affinity || s.ClientPrefix != first.ClientPrefix || s.Idle != time.Minute {
-		t.Errorf("status %+v", s)
+		t.Run(c.name, func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			o := udpServer
+			o.Cgroup = dir
+			testnet.StartGroup(t, ns, 2, o)
+			var g *loader.Group
+			for range 2 { // the second has nothing to do
+				g = attach(t, fs, ns, c.o)
+			}
+			id, err := g.ProgramID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := status(t, g)
+			for i := range c.refusals {
+				c.refusals[i].o.Idle, c.refusals[i].o.Policy = time.Minute, loader.PolicyLeast
+			}
+			refuses(t, fs, member(t, ns), c.refusals...)
+			after := status(t, g)
+			if now, err := g.ProgramID(); now != id || err != nil {
+				t.Errorf("program %d, %d before, %v", now, id, err)
+			}
+			if after.Age = before.Age; after.Settling > 0 {
+				after.Settling = before.Settling
+			}
+			if diff := cmp.Diff(before, after, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+				t.Errorf("not as before: %s", diff)
+			}
+		})
 	}
 }
 

@@ -40,35 +40,23 @@ func (c *Confirm) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// CheckProto refuses a confirmation that the protocol has no use for.
-func (c Confirm) CheckProto(p Proto) error {
-	if p == TCP && c == ConfirmReply {
-		return fmt.Errorf("confirm %s: for TCP it is the kernel that answers a client's first packet: use %s", c, ConfirmClient)
-	}
-	return nil
-}
-
-// CheckAffinity refuses ConfirmReply where an answer does not tell whose it is.
-func (c Confirm) CheckAffinity(a Affinity) error {
-	if c != ConfirmReply {
+// Check refuses what it does not go with: ConfirmReply is for where the server answers,
+// and the answer tells whose it is.
+func (c Confirm) Check(p Proto, a Affinity) error {
+	_, length := a.bytes()
+	switch {
+	case c == "", c == ConfirmClient:
 		return nil
-	}
-	switch _, length := a.bytes(); {
+	case c != ConfirmReply:
+		return fmt.Errorf("confirm %q: %w", string(c), errConfirm)
+	case p == TCP:
+		return fmt.Errorf("confirm %s: for TCP it is the kernel that answers a client's first packet: use %s", c, ConfirmClient)
 	case a == AffinityNone:
 		return fmt.Errorf("confirm %s: with affinity %s there are no flows to confirm: use %s or %s", c, a, AffinityFlow, AffinityClient)
 	case length > 0:
 		return fmt.Errorf("confirm %s: with affinity %s an answer does not tell which flow it is of: use %s or %s", c, a, AffinityFlow, AffinityClient)
 	}
 	return nil
-}
-
-// checkConfirm checks the options that say what confirms a flow.
-func (o Options) checkConfirm() error {
-	switch o.Confirm {
-	case "", ConfirmClient, ConfirmReply:
-		return o.Confirm.CheckAffinity(o.Affinity)
-	}
-	return fmt.Errorf("confirm %q: %w", string(o.Confirm), errConfirm)
 }
 
 // number is what the maps have for it.

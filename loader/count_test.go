@@ -393,6 +393,43 @@ func TestFlowRules(t *testing.T) {
 	check("at once", before)
 }
 
+// The rule is told as well when the group was attached, or its policy changed, so
+// long ago that the seconds have wrapped, or nearly so.
+func TestFlowRulesLongAgo(t *testing.T) {
+	const day = 24 * 60 * 60
+	for _, days := range []uint32{96, 98, 150, 193} {
+		ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+		testnet.StartGroup(t, ns, 2, udpServer)
+		g := attach(t, fs, ns, loader.Options{Settle: time.Minute})
+		g.AttachedAgo(days * day)
+		if err := g.WaitUntil(0); err != nil {
+			t.Fatal(err)
+		}
+		for _, policy := range []loader.Policy{loader.PolicyHash, loader.PolicyRR} {
+			attach(t, fs, ns, loader.Options{Policy: policy})
+			testnet.NewClients(t, ns, 20, fleetAddr).Ask()
+			settling, told := 0, 0
+			for f, err := range g.Flows() {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if f.Settling {
+					settling++
+				}
+				if !f.Earlier {
+					told++
+				}
+			}
+			if settling > 0 || told < 20 {
+				t.Errorf("%d days, policy %s: of %d flows it is told, %d settling", days, policy, told, settling)
+			}
+		}
+		if s := status(t, g); s.Age < time.Duration(days)*day*time.Second {
+			t.Errorf("%d days: attached %v ago", days, s.Age)
+		}
+	}
+}
+
 // When the table has no room, flows are served untracked, the same way each
 // time, and a joiner takes no more of them than its share.
 func TestTableFull(t *testing.T) {

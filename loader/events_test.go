@@ -73,7 +73,7 @@ func (w *watcher) await(n int) []loader.Event {
 			return events
 		}
 		if time.Now().After(deadline) {
-			w.t.Fatalf("%d events, want %d: %+v", len(events), n, events)
+			w.t.Fatalf("%d events, want %d: %v", len(events), n, kinds(events))
 		}
 	}
 }
@@ -229,6 +229,61 @@ func TestWatch(t *testing.T) {
 				t.Errorf("detached: %v", err)
 			}
 			again.end = func() error { return nil }
+		})
+	}
+}
+
+// In a table that is too small, who gives way is told, with the listener he had, and
+// so is whom an answer confirms, who gives way no more. The control is confirm client.
+func TestWatchFull(t *testing.T) {
+	const asking, silent = 30, 300
+	for _, confirm := range []loader.Confirm{loader.ConfirmReply, loader.ConfirmClient} {
+		t.Run(string(confirm), func(t *testing.T) {
+			o := udpServer
+			if confirm == loader.ConfirmReply {
+				o.Cgroup = inCgroup(t)
+			}
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			testnet.StartGroup(t, ns, 3, o)
+			g := attach(t, fs, ns, loader.Options{Flows: 64, Settle: -1, Confirm: confirm})
+			w := watch(t, g, nil)
+			clients := testnet.NewClients(t, ns, asking, fleetAddr)
+			confirmed := map[int]int{}
+			if answers := clients.Ask(); confirm == loader.ConfirmReply {
+				confirmed = answered(clients.Port, answers, anyServer)
+			}
+			testnet.NewClients(t, ns, silent, fleetAddr).Send(testnet.Silence)
+			await(t, fs, g.Key(), "all packets", func(g *loader.Group) bool { return status(t, g).Counters.Runs == asking+silent })
+
+			c := status(t, g).Counters
+			events := w.await(int(c.New+c.Evicted) + len(confirmed))
+			began, evicted := byClient(events, loader.EventNew), byClient(events, loader.EventEvict)
+			want := map[loader.EventKind]int{loader.EventNew: int(c.New), loader.EventEvict: int(c.Evicted)}
+			if len(confirmed) > 0 {
+				want[loader.EventEstablished] = len(confirmed)
+			}
+			if diff := cmp.Diff(want, kinds(events)); diff != "" || len(began) != int(c.New) || len(evicted) != int(c.Evicted) || c.Evicted < silent/2 {
+				t.Errorf("%+v: %s", c, diff)
+			}
+			if diff := cmp.Diff(confirmed, byClient(events, loader.EventEstablished)); diff != "" {
+				t.Error(diff)
+			}
+			left := map[int]int{}
+			for f, err := range g.Flows() {
+				if err != nil {
+					t.Fatal(err)
+				}
+				left[int(f.Client.Port())] = f.Slot
+			}
+			for port, slot := range evicted {
+				if _, is := confirmed[port]; began[port] != slot || is {
+					t.Errorf("port %d: told to begin with slot %d, to give way with %d; confirmed %v", port, began[port], slot, is)
+				}
+				delete(began, port)
+			}
+			if diff := cmp.Diff(began, left); diff != "" {
+				t.Errorf("who began, and did not give way: %s", diff)
+			}
 		})
 	}
 }

@@ -2,6 +2,7 @@ package loader
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/maps"
@@ -339,6 +341,50 @@ func (g *Group) eachPeer(f func(bpf.SelectPeer, maps.Word) error) error {
 // HadRoom makes the program forget that flows found no room.
 func (g *Group) HadRoom() error {
 	return g.state.House.Update(uint32(0), bpf.SelectHouse{}, ebpf.UpdateExist)
+}
+
+// FoundNoRoom makes the program believe that some seconds ago a flow found no room.
+func (g *Group) FoundNoRoom(ago uint32) error {
+	now, err := g.state.now()
+	if err != nil {
+		return err
+	}
+	return g.state.House.Update(uint32(0), bpf.SelectHouse{Full: (now-ago)&(1<<24-1) | 1<<31}, ebpf.UpdateExist)
+}
+
+// AttachedAgo makes the attach, or the last change of the policy, have been some
+// seconds ago, if that was just now.
+func (g *Group) AttachedAgo(seconds uint32) {
+	v := g.state.config.Values()
+	for _, second := range []*uint32{&v.Attached, &v.Ruled, &v.Settled} {
+		*second = (*second - seconds) & (1<<24 - 1)
+	}
+}
+
+// Look looks for what is to be repaired, as who has read the state before another
+// process changed it.
+func (g *Group) Look() error {
+	now, err := g.state.now()
+	if err == nil {
+		_, err = g.look(now)
+	}
+	return err
+}
+
+// NoLink looks at a link that is not there.
+func (fs FS) NoLink(key Key) error {
+	return fs.withLink(key, 1, func(link.Link) error { return errors.New("there is one") })
+}
+
+// SameCgroup makes the listener in a slot one of the cgroup of another's.
+func (g *Group) SameCgroup(slot, other uint32) error {
+	records, err := g.state.listeners.Records()
+	if err != nil {
+		return err
+	}
+	record := records[slot]
+	record.Cgroup = records[other].Cgroup
+	return g.state.listeners.Record(slot, record)
 }
 
 // ReplyID is the number of the program that sees the replies.

@@ -1,7 +1,6 @@
 package loader_test
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -44,7 +43,11 @@ func newVPNLab(t *testing.T, network, listen, remote string, listeners int, o lo
 	t.Helper()
 	l := &vpnLab{t: t, ns: testnet.New(t), fs: loader.FS(testnet.BPFFS(t)), remote: remote}
 	anyAddress(t, l.ns)
-	l.servers = testnet.StartGroup(t, l.ns, listeners, testnet.ServerOptions{Network: network, Addr: listen, ReusePort: true})
+	servers := testnet.ServerOptions{Network: network, Addr: listen, ReusePort: true}
+	if o.Confirm == loader.ConfirmReply {
+		servers.Cgroup = inCgroup(t)
+	}
+	l.servers = testnet.StartGroup(t, l.ns, listeners, servers)
 	l.g = attach(t, l.fs, l.ns, o)
 	return l
 }
@@ -281,14 +284,14 @@ func TestFirstTableFull(t *testing.T) {
 }
 
 // A client that goes on from another port has the listener it had, time and again,
-// also after an upgrade. Without the option, the control, many do not.
+// also after an upgrade, whatever confirms a flow. Without the option, the control, many do not.
 func TestFloat(t *testing.T) {
 	const n = 60
 	for _, c := range append(cases[1:2:2], cases[3:]...) {
-		for _, first := range []loader.First{loader.FirstOpenVPN, ""} {
-			t.Run(fmt.Sprintf("%s from %s, first %s", c.listen, c.remote, first), func(t *testing.T) {
-				l := newVPNLab(t, c.network, c.listen, c.remote, 3, loader.Options{Settle: -1, First: first})
-				if first == "" {
+		for _, o := range []loader.Options{withFirst, {Settle: -1, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, noSettle} {
+			t.Run(fmt.Sprintf("%s from %s, first %s, confirm %s", c.listen, c.remote, o.First, o.Confirm), func(t *testing.T) {
+				l := newVPNLab(t, c.network, c.listen, c.remote, 3, o)
+				if o.First == "" {
 					moved := 0
 					for i := range n {
 						if l.float(i) != l.open(i, openvpn(7)).first {
@@ -321,7 +324,7 @@ func TestFloat(t *testing.T) {
 					l.dataUntil(sessions, own, "known", func(peers map[string]loader.Peer) bool { return len(peers) == n })
 				}
 				s := status(t, l.g)
-				if s.Counters.New != before.New+3*n || s.Counters.Untracked != 0 || l.rules()["float"] != 3*n || s.First != first {
+				if s.Counters.New != before.New+3*n || s.Counters.Untracked != 0 || l.rules()["float"] != 3*n || s.First != o.First {
 					t.Errorf("status %+v, %+v before, rules %v", s, before, l.rules())
 				}
 
@@ -367,6 +370,39 @@ func TestFloat(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// With confirm reply nobody is known by a number whom the server does not answer,
+// however long he sends it. The control is confirm client.
+func TestFloatUnanswered(t *testing.T) {
+	const n = 10
+	for confirm, want := range map[loader.Confirm]int{loader.ConfirmReply: 0, loader.ConfirmClient: n} {
+		t.Run(string(confirm), func(t *testing.T) {
+			l := newV4Lab(t, 1, loader.Options{Settle: -1, First: loader.FirstOpenVPN, Confirm: confirm})
+			l.must(unix.Kill(l.servers.PID(), unix.SIGSTOP)) // it is killed in the end
+			var clients []int
+			for i := range n {
+				l.must(l.ns.Do(func() error {
+					fd, err := from(l.host(i), l.remote)
+					clients = append(clients, fd)
+					return err
+				}))
+				t.Cleanup(func() { unix.Close(clients[i]) })
+			}
+			for range 2 {
+				for i, fd := range clients {
+					_, err := unix.Write(fd, data(own(i)))
+					l.must(err)
+				}
+				await(t, l.fs, l.g.Key(), "two seconds begin", passed(t, 2))
+			}
+			peers, err := l.g.Peers()
+			s := status(t, l.g)
+			if established := s.Established; err != nil || len(peers) != want || established != want || s.Counters.Hit != n || s.Counters.New != n {
+				t.Errorf("peers %v, %v, %d of %d flows established, %+v", peers, err, established, s.Tracked, s.Counters)
+			}
+		})
 	}
 }
 
@@ -448,6 +484,8 @@ func TestFloatAmbiguous(t *testing.T) {
 		t.Errorf("%d of %d follow the only one", f, n*ports)
 	}
 	l.dataUntil(both, func(i int) int { return own(i % n) }, "ambiguous again", ambiguous(true))
+	l.must(l.g.AgePeers(1 << 23)) // seconds have wrapped
+	l.dataUntil(first, own, "told apart after half a year", ambiguous(false))
 }
 
 // Where a client was long ago says nothing, and a listener that is gone serves
@@ -512,20 +550,22 @@ func TestFloatGone(t *testing.T) {
 		}
 	}
 
-	// Expired.
-	l.must(l.g.AgePeers(uint32(loader.DefaultIdle/time.Second) + 1))
-	followed, healthy := 0, 0
-	for i, s := range sessions {
-		if s.first == "s1" {
-			continue
+	// Expired, and so it is when seconds have wrapped.
+	for _, ago := range []uint32{uint32(loader.DefaultIdle/time.Second) + 1, 1 << 23} {
+		l.must(l.g.AgePeers(ago))
+		followed, healthy := 0, 0
+		for i, s := range sessions {
+			if s.first == "s1" {
+				continue
+			}
+			healthy++
+			if l.float(i) == s.first {
+				followed++
+			}
 		}
-		healthy++
-		if l.float(i) == s.first {
-			followed++
+		if followed == healthy {
+			t.Errorf("all of %d follow a flow of long ago", followed)
 		}
-	}
-	if followed == healthy {
-		t.Errorf("all of %d follow a flow of long ago", followed)
 	}
 }
 
@@ -670,45 +710,17 @@ func TestFloatFlushed(t *testing.T) {
 	}
 }
 
-// It is fixed while attached, and goes with UDP and affinity flow.
+// It goes with UDP and affinity flow.
 func TestFirstRefused(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	testnet.StartGroup(t, ns, 2, udpServer)
-	conn := member(t, ns)
-	for _, c := range []struct {
-		o    loader.Options
-		want string
-	}{
-		{loader.Options{First: "quic"}, `first "quic": use openvpn`},
-		{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityClient}, "affinity flow: with client all ports"},
-		{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityNone}, "it goes with affinity flow"},
-		{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityBytes(0, 4)}, "it goes with affinity flow"},
-	} {
-		if _, err := fs.Attach(conn, c.o); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%+v: %v, want %q", c.o, err, c.want)
-		}
-	}
+	testnet.StartGroup(t, ns, 1, udpServer)
+	refuses(t, fs, member(t, ns),
+		refusal{loader.Options{First: "quic"}, `first "quic": use openvpn`},
+		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityClient}, "affinity flow: with client all ports"},
+		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityNone}, "it goes with affinity flow"},
+		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityBytes(0, 4)}, "it goes with affinity flow"})
 	err := loader.FirstOpenVPN.Check(loader.TCP, "")
 	if err == nil || !strings.Contains(err.Error(), "it goes with UDP") {
 		t.Errorf("TCP: %v", err)
-	}
-	attach(t, fs, ns, loader.Options{})
-	_, err = fs.Attach(conn, loader.Options{First: loader.FirstOpenVPN})
-	_, planErr := fs.Plan(conn, loader.Options{First: loader.FirstOpenVPN})
-	if !errors.Is(err, loader.ErrFixed) || !errors.Is(planErr, loader.ErrFixed) || !strings.Contains(err.Error(), "detach it") {
-		t.Errorf("%v, %v", err, planErr)
-	}
-	g := attach(t, fs, ns, loader.Options{})
-	if s := status(t, g); s.First != "" {
-		t.Errorf("status %+v", s)
-	}
-	if _, err := fs.Detach(g.Key()); err != nil {
-		t.Fatal(err)
-	}
-	for _, o := range []loader.Options{withFirst, withFirst, noSettle} {
-		g = attach(t, fs, ns, o)
-	}
-	if s := status(t, g); s.First != loader.FirstOpenVPN {
-		t.Errorf("status %+v", s)
 	}
 }

@@ -88,9 +88,9 @@ func (g *Group) Flows() iter.Seq2[Flow, error] {
 	}
 }
 
-// age is how long ago a second was; never negative, for people.
+// age is how long ago a second of the past was; never negative, for people.
 func age(now, second uint32) time.Duration {
-	return time.Duration(max(0, maps.Age(now, second))) * time.Second
+	return time.Duration(max(0, maps.Past(now, second))) * time.Second
 }
 
 func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow {
@@ -103,7 +103,7 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 	if v.Affinity == maps.AffinityClient {
 		_, prefix = affinityOf(v)
 	}
-	earlier := maps.Age(v.Ruled, e.Created) > 0
+	earlier := maps.Past(now, e.Created) > maps.Past(now, v.Ruled)
 	return Flow{
 		Local:    g.key.Addr,
 		Client:   e.Client,
@@ -113,7 +113,7 @@ func (g *Group) flow(e maps.Entry, now uint32, orphan func(maps.Word) bool) Flow
 		Age:      age(now, e.Created),
 		Idle:     age(now, e.Word.Second()),
 		Since:    age(now, e.Since),
-		Settling: !earlier && e.Hint == maps.NoHint && maps.Age(v.Settled, e.Created) > 0,
+		Settling: !earlier && e.Hint == maps.NoHint && maps.Past(e.Created, v.Ruled) < maps.Age(v.Settled, v.Ruled),
 		Earlier:  earlier,
 		Rehomed:  e.Since != e.Created,
 		First:    e.Hint == maps.HintFirst,

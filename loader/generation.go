@@ -138,12 +138,12 @@ func (s *state) fallBack(r *roll, now uint32, boot uint64) {
 		case r.cookies[slot] != 0:
 			return // it drains
 		default:
-			ended = min(ended, maps.Age(now, record.Died))
+			ended = min(ended, maps.Past(now, record.Died))
 		}
 	}
 	lost := 0
 	for slot, record := range r.records {
-		if record.Generation == before && r.cookies[slot] == 0 && maps.Age(now, record.Died) < ended {
+		if record.Generation == before && r.cookies[slot] == 0 && maps.Past(now, record.Died) < ended {
 			lost++
 		}
 	}
@@ -339,6 +339,9 @@ func (s *state) setPolicy(now uint32, p Policy) error {
 		}
 	}
 	v.Ruled = now
+	if what, _ := s.config.Waiting(now); what != maps.Settling {
+		v.Settled = now // or, in half a year, it would seem to lie ahead
+	}
 	atomic.StoreUint32(&v.Policy, p.number())
 	fault.Point("policy set")
 	if err := s.recount(); err != nil {

@@ -28,22 +28,22 @@ var noSettle = loader.Options{Settle: -1}
 // member borrows a socket of the namespace's group on port 1194.
 func member(t testing.TB, ns *testnet.NetNS) *sockets.Conn {
 	t.Helper()
-	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), Port: 1194})
+	return borrow(t, sockets.Query{NetNS: ns.Cookie(), Port: 1194})
+}
+
+// borrow borrows a socket of the one group that is asked for, until the test ends.
+func borrow(t testing.TB, q sockets.Query) *sockets.Conn {
+	t.Helper()
+	groups, err := sockets.Find(q)
 	if err != nil || len(groups) != 1 {
-		t.Fatalf("groups on port 1194: %v, %v", groups, err)
+		t.Fatalf("%+v: groups %v, %v", q, groups, err)
 	}
-	for _, m := range groups[0].Members {
-		for _, h := range m.Holders {
-			conn, err := sockets.Take(h, m.Cookie)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { conn.Close() })
-			return conn
-		}
+	conn, err := sockets.TakeMember(groups[0])
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("nobody holds a socket on port 1194")
-	return nil
+	t.Cleanup(func() { conn.Close() })
+	return conn
 }
 
 // attach attaches the group on port 1194, and gives the borrowed socket back.

@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -242,6 +243,32 @@ func (o Options) CheckOwner(key Key) error {
 	return fmt.Errorf("%s: owner %d: %w: name uid %d, or start the servers as uid %d", key, *o.Owner, ErrOwner, key.UID, *o.Owner)
 }
 
+// CheckProto refuses, in one line, what does not go with the protocol, or with the
+// affinity. It does not look at the rest.
+func (o Options) CheckProto(p Proto) error {
+	return cmp.Or(o.Affinity.CheckProto(p), o.First.Check(p, o.Affinity), o.Confirm.Check(p, o.Affinity))
+}
+
+// checkFixed refuses what cannot be changed while the group is attached.
+func (s *state) checkFixed(key Key, o Options) error {
+	v := s.config.Values()
+	if o.Flows != 0 && uint32(o.Flows) != v.Capacity {
+		return fmt.Errorf("%s: flows %d: %w, with %d: \"rpsel upgrade --flows %d\" changes it", key, o.Flows, ErrFixed, v.Capacity, o.Flows)
+	}
+	affinity, prefix := affinityOf(v)
+	for _, fixed := range []struct{ option, given, is string }{
+		{"affinity", string(o.Affinity), string(affinity)},
+		{"client prefix", o.ClientPrefix.String(), prefix.full().String()},
+		{"first", string(o.First), cmp.Or(string(firstOf(v)), "none")},
+		{"confirm", string(o.Confirm), string(confirmOf(v))},
+	} {
+		if fixed.given != "" && fixed.given != fixed.is {
+			return fmt.Errorf("%s: %s %s: %w, with %s: detach it, and attach it with that", key, fixed.option, fixed.given, ErrFixed, fixed.is)
+		}
+	}
+	return nil
+}
+
 // withDefaults checks the options and fills in the defaults.
 func (o Options) withDefaults() (Options, error) {
 	if o.Flows == 0 {
@@ -265,10 +292,7 @@ func (o Options) withDefaults() (Options, error) {
 	if err := o.checkAffinity(); err != nil {
 		return o, err
 	}
-	if err := o.First.Check(UDP, o.Affinity); err != nil {
-		return o, err
-	}
-	if err := o.checkConfirm(); err != nil {
+	if err := o.CheckProto(UDP); err != nil {
 		return o, err
 	}
 	if o.Flows < MinFlows || o.Flows > MaxFlows {

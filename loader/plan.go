@@ -84,10 +84,7 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	if err := o.CheckOwner(key); err != nil {
 		return Plan{}, err
 	}
-	if err := errors.Join(o.Affinity.CheckProto(key.Proto), o.Confirm.CheckProto(key.Proto)); err != nil {
-		return Plan{}, fmt.Errorf("%s: %w", key, err)
-	}
-	if err := o.First.Check(key.Proto, o.Affinity); err != nil {
+	if err := o.CheckProto(key.Proto); err != nil {
 		return Plan{}, fmt.Errorf("%s: %w", key, err)
 	}
 	s, err := fs.open(key)

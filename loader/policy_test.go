@@ -205,6 +205,25 @@ func TestPolicyTableFull(t *testing.T) {
 	}
 }
 
+// The policy holds again when established flows of the time without room have
+// expired, and still does when the seconds have wrapped.
+func TestPolicyAfterFull(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	servers := testnet.StartGroup(t, ns, 2, udpServer)
+	g := attach(t, fs, ns, loader.Options{Settle: -1, Policy: loader.PolicyLeast})
+	const idle = uint32(loader.DefaultIdle / time.Second)
+	for ago, holds := range map[uint32]bool{1: false, idle - 10: false, idle + 1: true, 1<<23 + 1: true, 1<<24 - idle - 10: true} {
+		if err := g.FoundNoRoom(ago); err != nil {
+			t.Fatal(err)
+		}
+		g.SetLoad(0, 10000) // least gives it hardly any
+		shares := testnet.Shares(testnet.NewClients(t, ns, 100, fleetAddr).Ask())
+		if got := shares[servers.Names[0]] < 15; got != holds {
+			t.Errorf("no room %d s ago: shares %v", ago, shares)
+		}
+	}
+}
+
 // Each connection goes by the policy.
 func TestPolicyTCP(t *testing.T) {
 	const connections = 600

@@ -159,6 +159,9 @@ func (fs FS) strayed(key Key, s *state, r *roll) (found strayed, err error) {
 	}
 	own, _ := info.ID()
 	ids, err := linkPins(fs.groupDir(key))
+	if errors.Is(err, os.ErrNotExist) {
+		return found, nil // it was detached meanwhile
+	}
 	if err != nil {
 		return found, err
 	}
@@ -181,8 +184,12 @@ func (fs FS) strayed(key Key, s *state, r *roll) (found strayed, err error) {
 	return found, nil
 }
 
+// withLink runs f on a link, unless somebody has removed it meanwhile.
 func (fs FS) withLink(key Key, id uint64, f func(link.Link) error) error {
 	l, err := link.LoadPinnedLink(filepath.Join(fs.groupDir(key), linkPin(id)), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return openError(key, linkPin(id), err)
 	}
@@ -203,7 +210,7 @@ func (fs FS) tend(key Key, s *state) (strayed, error) {
 	}
 	for _, id := range found.stale {
 		err := fs.withLink(key, id, func(l link.Link) error { return l.Update(s.RpselReply) })
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.ENOLINK) { // its cgroup is gone: there is nothing to see
 			return found, fmt.Errorf("replace the program that sees replies: %w", err)
 		}
 		fault.Point("link updated")

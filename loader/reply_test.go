@@ -202,14 +202,7 @@ func TestReplyTwoGroups(t *testing.T) {
 					network = "udp6"
 				}
 				s := testnet.StartGroup(t, ns, 1, testnet.ServerOptions{Network: network, Addr: addr, ReusePort: true, Cgroup: dir})
-				groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), PID: s.PID()})
-				if err != nil || len(groups) != 1 {
-					t.Fatalf("%v, %v", groups, err)
-				}
-				conn, err := sockets.TakeMember(groups[0])
-				if err != nil {
-					t.Fatal(err)
-				}
+				conn := borrow(t, sockets.Query{NetNS: ns.Cookie(), PID: s.PID()})
 				defer conn.Close()
 				g, err := fs.Attach(conn, replied)
 				if err != nil {
@@ -375,7 +368,8 @@ func TestReplyRefused(t *testing.T) {
 				exclusive(t, dir)
 			}
 			_, err := fs.Attach(member(t, ns), replied)
-			if !errors.Is(err, c.want) || !errors.Is(err, loader.ErrUnregistrable) || !strings.Contains(err.Error(), c.way) || strings.Contains(err.Error(), "\n") {
+			if !errors.Is(err, c.want) || !errors.Is(err, loader.ErrUnregistrable) || !strings.Contains(err.Error(), c.way) || strings.Contains(err.Error(), "\n") ||
+				strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
 				t.Errorf("%v", err)
 			}
 			if left := tree(t, string(fs)); len(left) != 0 {
@@ -465,32 +459,87 @@ func TestReplyUpgrade(t *testing.T) {
 	}
 }
 
-// What is fixed while attached, and what is no use.
-func TestReplyFixed(t *testing.T) {
+// Whoever looks after the links takes no lock: that the group is detached, or a link
+// removed, meanwhile, is nothing to complain of.
+func TestReplyLook(t *testing.T) {
 	dir := inCgroup(t)
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 1, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Cgroup: dir})
-	conn := member(t, ns)
-	for _, o := range []loader.Options{
-		{Confirm: "maybe"},
-		{Confirm: loader.ConfirmReply, Affinity: loader.AffinityNone},
-		{Confirm: loader.ConfirmReply, Affinity: loader.AffinityBytes(0, 8)},
-	} {
-		if _, err := fs.Attach(conn, o); err == nil || !strings.Contains(err.Error(), "use ") {
-			t.Errorf("%+v: %v", o, err)
+	g := attach(t, fs, ns, replied)
+	for range 2 {
+		if err := g.Look(); err != nil {
+			t.Error(err)
+		}
+		if _, err := fs.Detach(g.Key()); err != nil && !errors.Is(err, loader.ErrNotAttached) {
+			t.Fatal(err)
 		}
 	}
-	for _, pair := range [][2]loader.Confirm{{"", loader.ConfirmReply}, {loader.ConfirmReply, loader.ConfirmClient}} {
-		g := attach(t, fs, ns, loader.Options{Confirm: pair[0]})
-		if _, err := fs.Attach(conn, loader.Options{Confirm: pair[1]}); !errors.Is(err, loader.ErrFixed) || !strings.Contains(err.Error(), "detach it") {
-			t.Errorf("%v", err)
+	if err := fs.NoLink(g.Key()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A listener dies, and its cgroup goes, while an upgrade is about to make its link run
+// the new program.
+func TestReplyUpgradeGone(t *testing.T) {
+	dir, below := inCgroup(t), filepath.Join(inCgroup(t), "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	o := testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Cgroup: dir}
+	testnet.StartGroup(t, ns, 1, o)
+	o.Cgroup, o.Name = below, "r"
+	s := testnet.StartGroup(t, ns, 1, o)
+	g := attach(t, fs, ns, replied)
+	// As if it lived when the upgrade looked.
+	if err := g.SameCgroup(0, 1); err != nil {
+		t.Fatal(err)
+	}
+	s.Kill()
+	if err := os.Remove(below); err != nil {
+		t.Fatal(err)
+	}
+	await(t, fs, g.Key(), "the kernel to let go of the cgroup", func(*loader.Group) bool {
+		for _, path := range tree(t, string(fs)) {
+			if !strings.HasPrefix(filepath.Base(path), "reply_") {
+				continue
+			}
+			_, path, _ = strings.Cut(path, " ")
+			l, err := link.LoadPinnedLink(filepath.Join(string(fs), path), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			info, err := l.Info()
+			l.Close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.Cgroup().CgroupId == 0 {
+				return true
+			}
 		}
-		attach(t, fs, ns, loader.Options{})
-		attach(t, fs, ns, loader.Options{Confirm: pair[0]})
+		return false
+	})
+	defer loader.OtherProgram()()
+	if u, err := fs.Upgrade(g.Key(), loader.UpgradeOptions{}); err != nil || !u.Program {
+		t.Errorf("upgraded %+v, %v", u, err)
+	}
+}
+
+// What it does not go with; and what a detach would move cannot be told.
+func TestReplyOptions(t *testing.T) {
+	dir := inCgroup(t)
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	testnet.StartGroup(t, ns, 1, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Cgroup: dir})
+	refuses(t, fs, member(t, ns),
+		refusal{loader.Options{Confirm: "maybe"}, "use client or reply"},
+		refusal{loader.Options{Confirm: loader.ConfirmReply, Affinity: loader.AffinityNone}, "no flows to confirm: use flow or client"},
+		refusal{loader.Options{Confirm: loader.ConfirmReply, Affinity: loader.AffinityBytes(0, 8)}, "which flow it is of: use flow or client"})
+	for confirm, want := range map[loader.Confirm]loader.Forecast{"": {Flows: 10}, loader.ConfirmReply: {Flows: 10, Move: -1}} {
+		g := attach(t, fs, ns, loader.Options{Confirm: confirm})
 		testnet.NewClients(t, ns, 10, "127.0.0.1:1194").Ask()
-		f, err := g.DetachForecast()
-		want := map[loader.Confirm]loader.Forecast{"": {Flows: 10}, loader.ConfirmReply: {Flows: 10, Move: -1}}[pair[0]]
-		if err != nil || f != want {
+		if f, err := g.DetachForecast(); err != nil || f != want {
 			t.Errorf("forecast %+v, %v, want %+v", f, err, want)
 		}
 		if _, err := fs.Detach(g.Key()); err != nil {
@@ -498,18 +547,10 @@ func TestReplyFixed(t *testing.T) {
 		}
 	}
 	tcp := testnet.StartServer(t, ns, testnet.ServerOptions{Network: "tcp4", Addr: "127.0.0.1:4433", ReusePort: true, Cgroup: dir})
-	groups, err := sockets.Find(sockets.Query{NetNS: ns.Cookie(), PID: tcp.PID(), Proto: loader.TCP})
-	if err != nil || len(groups) != 1 {
-		t.Fatalf("%v, %v", groups, err)
-	}
-	listener, err := sockets.TakeMember(groups[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	if _, err := fs.Attach(listener, replied); err == nil || !strings.Contains(err.Error(), "the kernel that answers") {
-		t.Errorf("TCP: %v", err)
-	}
+	listener := borrow(t, sockets.Query{NetNS: ns.Cookie(), PID: tcp.PID(), Proto: loader.TCP})
+	none := replied
+	none.Affinity = loader.AffinityNone
+	refuses(t, fs, listener, refusal{replied, "the kernel that answers"}, refusal{none, "no flows to confirm"})
 }
 
 // P0: with ConfirmReply an attach moves nothing either.

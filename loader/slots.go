@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	stdmaps "maps"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -188,7 +189,7 @@ func vacancy(cookie uint64, p process, r *roll, now uint32) (uint32, error) {
 		if record.Cookie == cookie {
 			return slot, nil
 		}
-		v := vacant{slot, 1, maps.Age(now, record.Died)}
+		v := vacant{slot, 1, maps.Past(now, record.Died)}
 		if p.has(record) {
 			v.own = 0
 		}
@@ -278,13 +279,17 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 	return 0, errors.Join(err, s.listeners.Unrecord(slot))
 }
 
+// describe names who has a socket. The caller, who may have borrowed it, is named only
+// if nobody else has it.
 func describe(m sockets.Socket) string {
 	if len(m.Holders) == 0 {
 		return fmt.Sprintf("socket %d", m.Cookie)
 	}
 	holders := make([]string, 0, len(m.Holders))
 	for _, h := range m.Holders {
-		holders = append(holders, h.String())
+		if h.PID != os.Getpid() || len(m.Holders) == 1 {
+			holders = append(holders, h.String())
+		}
 	}
 	return strings.Join(holders, ", ")
 }

@@ -73,6 +73,15 @@ func Age(now, second uint32) int32 {
 	return int32((now-second)<<(32-secondBits)) >> (32 - secondBits)
 }
 
+// lead is how many seconds a second may lie ahead of an older reading of the clock.
+const lead = 60
+
+// Past is Age for a second that lies in the past, whenever the clock was read: it
+// tells ages of up to 194 days, where Age takes one of more than 97 for the future.
+func Past(now, second uint32) int32 {
+	return int32((now-second+lead)&secondMask) - lead
+}
+
 // identityMultiplier is odd, so that multiplying by it can be undone.
 const identityMultiplier = 0x9e3779b97f4a7c15
 

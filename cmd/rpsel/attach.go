@@ -88,13 +88,7 @@ attached before it are detached again.`,
 			if a.options.ClientPrefix != (loader.ClientPrefix{}) && a.options.Affinity != loader.AffinityClient {
 				return usageError("--client-prefix %s: it goes with --affinity client", a.options.ClientPrefix)
 			}
-			if err := a.options.Affinity.CheckProto(a.protocol()); err != nil {
-				return usageError("--%v", err)
-			}
-			if err := a.options.First.Check(a.protocol(), a.options.Affinity); err != nil {
-				return usageError("--%v", err)
-			}
-			if err := errors.Join(a.options.Confirm.CheckProto(a.protocol()), a.options.Confirm.CheckAffinity(a.options.Affinity)); err != nil {
+			if err := a.options.CheckProto(a.protocol()); err != nil {
 				return usageError("--%v", err)
 			}
 			switch {
@@ -128,7 +122,7 @@ attached before it are detached again.`,
 	flags.Var(durationValue{&a.options.Idle, time.Second, loader.MaxIdle}, "idle",
 		fmt.Sprintf("forget an established flow after this `TIME` of silence (default %s)", tidy(loader.DefaultIdle)))
 	flags.Var(durationValue{&a.options.IdleNew, time.Second, loader.MaxIdle}, "idle-new",
-		fmt.Sprintf("forget a flow of one packet after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
+		fmt.Sprintf("forget a flow that is not established after this `TIME` of silence (default %s)", tidy(loader.DefaultIdleNew)))
 	flags.Var((*affinityValue)(&a.options.Affinity), "affinity",
 		"what counts as the same client: address and port, address, bytes of the payload, nothing (default flow, none for TCP)")
 	flags.Var((*clientPrefixValue)(&a.options.ClientPrefix), "client-prefix",

@@ -83,6 +83,8 @@ func TestUsage(t *testing.T) {
 		{"attach --port 1 --first openvpn --proto tcp", "--first openvpn: it goes with UDP"},
 		{"attach --port 1 --first openvpn --affinity client", "--first openvpn: it goes with affinity flow: with client all ports of an address have one listener anyway"},
 		{"attach --port 1 --first openvpn --affinity bytes:0,4", "--first openvpn: it goes with affinity flow"},
+		{"attach --port 1 --confirm maybe", `--confirm "maybe": use client or reply`},
+		{"attach --port 1 --confirm reply --proto tcp --affinity none", "--confirm reply: for TCP it is the kernel that answers a client's first packet: use client\n"},
 		{"attach --port 1 --client-prefix 24/56", `--client-prefix 24/56: it goes with --affinity client`},
 		{"attach --port 1 --affinity client --client-prefix 24", `--client-prefix "24": use two numbers of bits`},
 		{"attach --port 1 --affinity client --client-prefix 0/56", `--client-prefix "0/56": use two numbers of bits`},

@@ -298,7 +298,7 @@ func (e entry) service(at place) (s Service, err error) {
 		wrong("first")
 	}
 	if e.Confirm != nil && (s.Options.Confirm.UnmarshalText([]byte(*e.Confirm)) != nil ||
-		errors.Join(s.Options.Confirm.CheckProto(s.Proto), s.Options.Confirm.CheckAffinity(s.Options.Affinity)) != nil) {
+		s.Options.Confirm.Check(s.Proto, s.Options.Affinity) != nil) {
 		wrong("confirm")
 	}
 	if e.Owner != nil {

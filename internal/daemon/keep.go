@@ -206,7 +206,8 @@ func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group
 	for _, leave := range []func(){
 		func() { o.Flows = 0 },
 		func() { o.Affinity, o.ClientPrefix = "", loader.ClientPrefix{} },
-		func() { o.First, o.Confirm = "", "" },
+		func() { o.First = "" },
+		func() { o.Confirm = "" },
 	} {
 		if !errors.Is(err, loader.ErrFixed) {
 			break

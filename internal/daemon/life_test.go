@@ -239,7 +239,13 @@ func TestReloadMovesNothing(t *testing.T) {
 		// What is in the file no more stays as it was, as with "rpsel attach".
 		reload(loader.Status{Policy: "rr", Idle: 2 * time.Minute, IdleNew: 20 * time.Second}, fixed, changed...)
 	}
-	for _, text := range fixed {
+	also := []string{
+		key.String() + `: confirm reply: fixed while attached, with client: detach it, and attach it with that`,
+		key.String() + `: first openvpn: fixed while attached, with none: detach it, and attach it with that`,
+	}
+	reload(loader.Status{Policy: "least", Idle: 2 * time.Minute, IdleNew: 20 * time.Second}, also, `first = "openvpn"`, `confirm = "reply"`, `policy = "least"`)
+	reload(loader.Status{Policy: "rr", Idle: 2 * time.Minute, IdleNew: 20 * time.Second}, fixed, changed...)
+	for _, text := range append(also, fixed...) {
 		if n := strings.Count(a.said(), fmt.Sprintf("msg=%q", text)); n != 1 {
 			t.Errorf("said %d times: %s", n, text)
 		}

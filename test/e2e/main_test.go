@@ -102,6 +102,7 @@ type status struct {
 	Groups []struct {
 		SettlingSeconds int `json:"settling_seconds"`
 		Counters        map[string]int
+		Flows           struct{ Tracked, Established int }
 		Listeners       []listener
 	}
 }

@@ -31,6 +31,7 @@ type vpn struct {
 	pki     *pki
 	servers *testnet.NetNS
 	options map[int]string // further lines of a server's configuration
+	common  string         // further lines of every configuration
 	natted  bool           // clients come through a NAT each
 	clients []*client
 }
@@ -122,7 +123,8 @@ dh none
 setenv opt disable-dco
 verb 3
 %s
-`, vpnPort, name, n, v.options[n]) + v.pki.server(v.t, name)
+%s
+`, vpnPort, name, n, v.options[n], v.common) + v.pki.server(v.t, name)
 }
 
 // connect starts clients together and returns them when all have a server that
@@ -149,7 +151,8 @@ dev %s
 connect-retry 1 2
 setenv opt disable-dco
 verb 3
-`, remote.Addr(), remote.Port(), name)+v.pki.client(v.t, name))
+%s
+`, remote.Addr(), remote.Port(), name, v.common)+v.pki.client(v.t, name))
 		c.daemon = startDaemon(v.t, v.ns, name, v.openvpn, "--config", config)
 		started = append(started, c)
 	}
