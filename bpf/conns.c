@@ -20,6 +20,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "conns.h"
+#include "task.h"
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -73,32 +74,6 @@ struct sock {
 
 struct socket {
 	struct sock *sk;
-};
-
-struct upid {
-	int nr;
-};
-
-struct pid {
-	unsigned int level;
-	struct upid numbers[1];
-};
-
-struct task_struct {
-	int pid;
-	int tgid;
-	struct pid *thread_pid;
-};
-
-struct bpf_iter_meta {
-	struct seq_file *seq;
-};
-
-struct bpf_iter__task_file {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-	__u32 fd;
-	struct file *file;
 };
 
 struct bpf_iter__bpf_sk_storage_map {
@@ -164,26 +139,20 @@ static __always_inline int become(struct accepted *a, __u32 from, __u32 to, __s6
  */
 static __always_inline void settle_move(struct accepted *a, __u64 cookie)
 {
-	__u64 *to, owner;
+	__u32 state = READ_ONCE(a->state);
+	__u64 owner;
 
 	if (!cookie)
 		return;
-	to = bpf_map_lookup_elem(&moved_conns, &cookie);
-	if (!to)
+	owner = take_note(cookie);
+	if (!owner)
 		return;
-	owner = *to;
-	if (bpf_map_delete_elem(&moved_conns, &cookie))
-		return;
-	if (READ_ONCE(a->state) == ACCEPTED_OPEN) {
-		struct conns *c = conns_of(a->owner);
-
-		if (c) {
-			__sync_fetch_and_add(&c->begun, 1);
-			add_conn(c, a->owner, -1);
-			__sync_fetch_and_add(&c->ended, 1);
-		}
-	}
-	WRITE_ONCE(a->owner, owner);
+	/* Nobody may have seen it begin. */
+	if (owner & OWNER_COUNTS)
+		state = __sync_val_compare_and_swap(&a->state, ACCEPTED_NOT_YET, ACCEPTED_OPEN);
+	if (state == ACCEPTED_OPEN)
+		change_conn(a->owner, -1);
+	WRITE_ONCE(a->owner, owner & ~OWNER_COUNTS);
 }
 
 /*
@@ -211,6 +180,17 @@ int rpsel_count(__u64 *ctx)
 	return become(a, ACCEPTED_OPEN, ACCEPTED_CLOSED, -1);
 }
 
+/*
+ * see_open counts a connection that is not counted yet. It may have ended before there
+ * was anything to say that it is.
+ */
+static __always_inline void see_open(struct accepted *a, struct sock *sk)
+{
+	become(a, ACCEPTED_NOT_YET, ACCEPTED_OPEN, 1);
+	if (!is_open(sk->__sk_common.skc_state))
+		become(a, ACCEPTED_OPEN, ACCEPTED_CLOSED, -1);
+}
+
 /* rpsel_opened lists the connections that are open, by owner. */
 SEC("iter/bpf_sk_storage_map")
 int rpsel_opened(struct bpf_iter__bpf_sk_storage_map *ctx)
@@ -222,26 +202,14 @@ int rpsel_opened(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (!sk || !a)
 		return 0;
 	settle_move(a, sk->__sk_common.skc_cookie.counter);
-	if (a->state != ACCEPTED_OPEN || !is_open(sk->__sk_common.skc_state))
+	if (!is_open(sk->__sk_common.skc_state))
+		return 0;
+	see_open(a, sk); /* nobody may have seen it begin */
+	if (a->state != ACCEPTED_OPEN)
 		return 0;
 	owner = a->owner;
 	bpf_seq_write(ctx->meta->seq, &owner, sizeof(owner));
 	return 0;
-}
-
-/* See find.c. */
-static __always_inline __u32 pid_seen_from_here(struct task_struct *task)
-{
-	struct task_struct *reader = (void *)bpf_get_current_task();
-	__u32 level = BPF_CORE_READ(reader, thread_pid, level);
-	struct pid *pid = BPF_CORE_READ(task, thread_pid);
-	struct upid *number;
-	__u32 nr = 0;
-
-	number = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
-		 level * bpf_core_type_size(struct upid);
-	bpf_core_read(&nr, sizeof(nr), &number->nr);
-	return nr;
 }
 
 static __noinline long tell_stranger(struct seq_file *seq, struct stranger *s)
@@ -263,7 +231,7 @@ int rpsel_adopt(struct bpf_iter__task_file *ctx)
 	struct accepted *a, fresh = {};
 	struct socket *socket;
 	struct sock *sk;
-	__u64 *to;
+	__u64 owner;
 
 	if (!task || !file || task->pid != task->tgid)
 		return 0;
@@ -281,18 +249,15 @@ int rpsel_adopt(struct bpf_iter__task_file *ctx)
 	if (bpf_sk_storage_get(&owners, sk, 0, 0))
 		return 0;
 	s.cookie = bpf_get_socket_cookie(sk);
-	to = bpf_map_lookup_elem(&moved_conns, &s.cookie);
-	if (to) {
-		fresh.owner = *to;
-		if (bpf_map_delete_elem(&moved_conns, &s.cookie))
+	if (bpf_map_lookup_elem(&moved_conns, &s.cookie)) {
+		owner = take_note(s.cookie);
+		if (!owner)
 			return 0;
+		fresh.owner = owner & ~OWNER_COUNTS;
+		fresh.state = owner & OWNER_COUNTS ? ACCEPTED_OPEN : ACCEPTED_NOT_YET;
 		a = bpf_sk_storage_get(&owners, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
-		if (!a)
-			return 0;
-		become(a, ACCEPTED_NOT_YET, ACCEPTED_OPEN, 1);
-		/* It may have ended before there was anything to say whose it is. */
-		if (!is_open(sk->__sk_common.skc_state))
-			become(a, ACCEPTED_OPEN, ACCEPTED_CLOSED, -1);
+		if (a)
+			see_open(a, sk);
 		return 0;
 	}
 	s.pid = pid_seen_from_here(task);

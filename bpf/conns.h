@@ -18,7 +18,7 @@ struct {
 	__type(value, struct conns);
 } conns SEC(".maps");
 
-/* Who has a connection now, by its cookie, until its storage says so. */
+/* Who has a connection now, by its cookie, until its storage says so; and OWNER_COUNTS. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -34,6 +34,14 @@ ALWAYS_INLINE struct conns *conns_of(__u64 owner)
 	return bpf_map_lookup_elem(&conns, &slot);
 }
 
+/* is_counted: the connections of this listener are counted. */
+ALWAYS_INLINE int is_counted(__u64 owner)
+{
+	struct conns *c = conns_of(owner);
+
+	return c && (__u32)READ_ONCE(c->word) == (__u32)owner;
+}
+
 /*
  * add_conn counts a connection that its owner has, or (change -1) has no longer.
  * A slot that has another listener by now is left as it was: the number of the
@@ -45,6 +53,32 @@ ALWAYS_INLINE void add_conn(struct conns *c, __u64 owner, __s64 change)
 
 	if ((__u32)__sync_fetch_and_add(&c->word, one) != (__u32)owner)
 		__sync_fetch_and_add(&c->word, -one);
+}
+
+/* change_conn does so, and tells who looks meanwhile. */
+ALWAYS_INLINE void change_conn(__u64 owner, __s64 change)
+{
+	struct conns *c = conns_of(owner);
+
+	if (!c)
+		return;
+	__sync_fetch_and_add(&c->begun, 1);
+	add_conn(c, owner, change);
+	__sync_fetch_and_add(&c->ended, 1);
+}
+
+/*
+ * take_note reads and removes the note of who has a connection now. It is 0 for all
+ * but one of those who want it at once, and if there is none.
+ */
+ALWAYS_INLINE __u64 take_note(__u64 cookie)
+{
+	__u64 *note = bpf_map_lookup_elem(&moved_conns, &cookie), owner;
+
+	if (!note)
+		return 0;
+	owner = *note;
+	return bpf_map_delete_elem(&moved_conns, &cookie) ? 0 : owner;
 }
 
 #endif

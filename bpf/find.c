@@ -29,6 +29,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "task.h"
+
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
@@ -169,34 +171,6 @@ struct file {
 	struct inode *f_inode;
 };
 
-struct upid {
-	int nr;
-};
-
-struct pid {
-	unsigned int level;
-	struct upid numbers[1];
-};
-
-struct task_struct {
-	int pid;
-	int tgid;
-	struct pid *thread_pid;
-	char comm[16];
-};
-
-struct bpf_iter_meta {
-	struct seq_file *seq;
-	__u64 session_id;
-};
-
-struct bpf_iter__task_file {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-	__u32 fd;
-	struct file *file;
-};
-
 #pragma clang attribute pop
 
 /* One descriptor of one socket, in host byte order but for the addresses. */
@@ -206,7 +180,8 @@ struct record {
 	__u64 member; /* address of the sock that is in the group */
 	__u64 group;  /* address of its sock_reuseport, or 0 */
 	__u64 netns_cookie;
-	__u64 cgroup; /* id in the cgroup2 hierarchy; 0 if that is its root, or none */
+	__u64 cgroup;  /* id in the cgroup2 hierarchy; 0 if that is its root, or none */
+	__u64 started; /* when the process was, in ns since the boot */
 	__u32 netns_inum;
 	__u32 first_member; /* index into the map "members" */
 	__u32 num_members;
@@ -230,7 +205,7 @@ struct record {
 	__u8 comm[16];
 };
 
-_Static_assert(sizeof(struct record) == 152, "struct record has no padding");
+_Static_assert(sizeof(struct record) == 160, "struct record has no padding");
 
 struct member {
 	__u64 sk;
@@ -328,23 +303,6 @@ static __noinline __u32 write_members(struct sock_reuseport *reuse, __u64 id, st
 	return walk.count;
 }
 
-/* The process's number in the reader's pid namespace, by which the reader can
- * open it; task->tgid is the number in the initial one.
- */
-static __always_inline __u32 pid_seen_from_here(struct task_struct *task)
-{
-	struct task_struct *reader = (void *)bpf_get_current_task();
-	__u32 level = BPF_CORE_READ(reader, thread_pid, level);
-	struct pid *pid = BPF_CORE_READ(task, thread_pid);
-	struct upid *number;
-	__u32 nr = 0;
-
-	number = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
-		 level * bpf_core_type_size(struct upid);
-	bpf_core_read(&nr, sizeof(nr), &number->nr);
-	return nr;
-}
-
 static __always_inline __u32 drops_of(struct sock *sk)
 {
 	if (bpf_core_field_exists(sk->sk_drop_counters)) {
@@ -431,6 +389,7 @@ int rpsel_find(struct bpf_iter__task_file *ctx)
 	r.pid = pid_seen_from_here(task);
 	r.fd = ctx->fd;
 	BPF_CORE_READ_INTO(&r.comm, task, comm);
+	r.started = task->start_time;
 
 	/* What sits in the group is the TCP socket below an MPTCP one. */
 	if (r.flags & FLAG_MPTCP && bpf_core_type_exists(struct mptcp_sock)) {

@@ -34,6 +34,7 @@ type FindRecord struct {
 	Group       uint64
 	NetnsCookie uint64
 	Cgroup      uint64
+	Started     uint64
 	NetnsInum   uint32
 	FirstMember uint32
 	NumMembers  uint32

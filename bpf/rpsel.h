@@ -220,6 +220,9 @@ struct conns {
 /* Whose a connection is: slot << OWNER_SLOT_SHIFT | incarnation. */
 #define OWNER_SLOT_SHIFT 32
 
+/* Of a note in moved_conns: who has the connection counts it already. */
+#define OWNER_COUNTS (1ull << 63)
+
 /* How many connections can have moved from a closing listener, and nobody looked yet. */
 #define RPSEL_MOVED 8192
 

@@ -211,8 +211,7 @@ OWN_FUNCTION int credit_migrated(struct sk_reuseport_md *ctx, __u32 slot)
 {
 	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
 	struct bpf_sock *sk = ctx->migrating_sk;
-	__u64 owner, cookie;
-	struct conns *to;
+	__u64 owner, was, cookie;
 	__u32 state;
 
 	/* Read once: the verifier takes a second load for another pointer. */
@@ -223,16 +222,19 @@ OWN_FUNCTION int credit_migrated(struct sk_reuseport_md *ctx, __u32 slot)
 	if (state == BPF_TCP_NEW_SYN_RECV || state == BPF_TCP_CLOSE)
 		return 0;
 	owner = (__u64)slot << OWNER_SLOT_SHIFT | READ_ONCE(s->incarnation);
+	if (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT)
+		owner |= OWNER_COUNTS;
 	cookie = bpf_get_socket_cookie(sk);
-	to = conns_of(owner);
-	if (!to)
+	/* The listener that it had gone to before may listen again. */
+	was = take_note(cookie);
+	if (was & OWNER_COUNTS)
+		change_conn(was & ~OWNER_COUNTS, -1);
+	/* Where nobody counts, who begins to will find it among those of before. */
+	if (!is_counted(owner & ~OWNER_COUNTS))
 		return 0;
-	__sync_fetch_and_add(&to->begun, 1);
 	/* Without room it stays with the listener it had, whose slot counts no more. */
-	if (!bpf_map_update_elem(&moved_conns, &cookie, &owner, BPF_ANY) &&
-	    (state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT))
-		add_conn(to, owner, 1);
-	__sync_fetch_and_add(&to->ended, 1);
+	if (!bpf_map_update_elem(&moved_conns, &cookie, &owner, BPF_ANY) && owner & OWNER_COUNTS)
+		change_conn(owner & ~OWNER_COUNTS, 1);
 	return 0;
 }
 

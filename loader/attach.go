@@ -34,8 +34,8 @@ const releasePatience = 5 * time.Second
 // Group. Either all is done or nothing.
 //
 // Errors: ErrUnregistrable, ErrForeignProgram, ErrFixed, ErrOwner, ErrOlder, ErrNewer,
-// ErrIncompatible, ErrNotAttached (Options.Again), ErrLocked, ErrPermission, ErrUnsupported, ErrNoBPFFS,
-// sockets.ErrNoReuseport, sockets.ErrGone.
+// ErrIncompatible, ErrNotAttached (Options.Again), ErrLocked, ErrPermission, ErrUnsupported, ErrUncounted,
+// ErrNoBPFFS, sockets.ErrNoReuseport, sockets.ErrGone.
 func Attach(conn syscall.Conn, o Options) (*Group, error) { return DefaultFS.Attach(conn, o) }
 
 // Attach is the function of the same name, with state on this bpffs.

@@ -19,71 +19,101 @@ import (
 // counting is what counts the open connections of a TCP group.
 type counting struct {
 	bpf.ConnsPrograms
-	owners *ebpf.Map
+	Owners *ebpf.Map `ebpf:"owners"` // whose a connection is
 	counts link.Link // nil but for who attached it
 }
 
 func (c *counting) close() error {
-	err := errors.Join(c.ConnsPrograms.Close(), c.owners.Close())
+	err := errors.Join(c.ConnsPrograms.Close(), c.Owners.Close())
 	if c.counts != nil {
 		err = errors.Join(err, c.counts.Close())
 	}
 	return err
 }
 
-// ownersMap is the map that says whose a connection is: one that there is, or a new
-// one.
-func ownersMap(spec *ebpf.CollectionSpec, keep map[string]*ebpf.Map) (*ebpf.Map, error) {
-	if m := keep[bpf.ConnsMapOwners]; m != nil {
-		return m.Clone()
-	}
-	m, err := ebpf.NewMap(spec.Maps[bpf.ConnsMapOwners])
-	if err != nil {
-		return nil, loadError("the programs that count connections", err)
-	}
-	return m, nil
+// countingPin is there if connections are counted.
+const countingPin = "counting"
+
+// CanCount returns nil if this kernel can count the connections of TCP listeners,
+// and else why not.
+//
+// Errors: ErrPermission, ErrUnsupported.
+func CanCount() error {
+	c, err := count(Key{}, nil)
+	return errors.Join(err, c.close())
 }
 
-// loadCounting loads the programs that count, on the maps of the state.
-func (s *state) loadCounting(key Key) error {
+// attachTracing is the library's. A test has one that cannot.
+var attachTracing = link.AttachTracing
+
+// count loads the programs that count, on the maps that there are, and attaches the
+// one that follows the sockets. That goes with its pin.
+func count(key Key, on map[string]*ebpf.Map) (_ counting, err error) {
+	var c counting
 	spec, err := bpf.LoadConns()
 	if err != nil {
-		return err
+		return c, err
 	}
 	for name, value := range map[string]any{bpf.ConnsVarNetns: key.NetNS, bpf.ConnsVarPort: key.Addr.Port()} {
 		if err := spec.Variables[name].Set(value); err != nil {
-			return fmt.Errorf("set %s: %w", name, err)
+			return c, fmt.Errorf("set %s: %w", name, err)
 		}
 	}
-	err = spec.LoadAndAssign(&s.ConnsPrograms, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		bpf.ConnsMapConns: s.Conns, bpf.ConnsMapMovedConns: s.MovedConns, bpf.ConnsMapOwners: s.owners,
-	}})
-	if err != nil {
-		return loadError("the programs that count connections", err)
+	if err := spec.LoadAndAssign(&c, &ebpf.CollectionOptions{MapReplacements: on}); err != nil {
+		err = loadError("the programs that count connections", err)
+		var refused *ebpf.VerifierError
+		if !errors.Is(err, ErrPermission) && !errors.Is(err, ErrUnsupported) && errors.As(err, &refused) {
+			err = fmt.Errorf("%w: %w", ErrUnsupported, err)
+		}
+		return c, err
 	}
-	return nil
+	c.counts, err = attachTracing(link.TracingOptions{Program: c.RpselCount})
+	if err != nil {
+		err = fmt.Errorf("%w: the tracepoint inet_sock_set_state: %w", ErrUnsupported, err)
+		return counting{}, errors.Join(err, c.close())
+	}
+	return c, nil
 }
 
-// startCounting attaches the program that counts. It goes with its pin.
-func (s *state) startCounting() (err error) {
-	if !s.tcp {
+// startCounting counts a TCP group's connections from now on. A kernel that cannot
+// do that does all else.
+func (s *state) startCounting(key Key, keep map[string]*ebpf.Map) error {
+	on := map[string]*ebpf.Map{bpf.ConnsMapConns: s.Conns, bpf.ConnsMapMovedConns: s.MovedConns}
+	if owners := keep[bpf.ConnsMapOwners]; owners != nil {
+		on[bpf.ConnsMapOwners] = owners
+	}
+	c, err := count(key, on)
+	if errors.Is(err, ErrUnsupported) {
 		return nil
 	}
-	s.counts, err = link.AttachTracing(link.TracingOptions{Program: s.RpselCount})
-	if err != nil {
-		return fmt.Errorf("count connections: %w: the tracepoint inet_sock_set_state: %w", ErrUnsupported, err)
+	s.counting, s.counted = c, err == nil
+	return err
+}
+
+// checkPolicy refuses a policy that goes by connections which nobody counts. s is
+// nil if the group has no state.
+func checkPolicy(key Key, s *state, p Policy) error {
+	if p != PolicyLeast || key.Proto != TCP || s != nil && s.counted {
+		return nil
 	}
-	return nil
+	switch err := CanCount(); {
+	case errors.Is(err, ErrUnsupported):
+		return fmt.Errorf("%s: policy %s: %w (%v): use another policy", key, p, ErrUncounted, err)
+	case err == nil && s != nil:
+		return fmt.Errorf("%s: policy %s: %w: \"rpsel upgrade\" makes this kernel do so", key, p, ErrUncounted)
+	default:
+		return err
+	}
 }
 
 // own makes the connections that a listener accepts from now on count as the
 // slot's.
 func (s *state) own(fd int, slot uint32) error {
-	if !s.tcp {
+	if !s.counted {
 		return nil
 	}
 	mine := bpf.ConnsAccepted{Owner: s.owner(slot)}
-	if err := s.owners.Update(int32(fd), &mine, ebpf.UpdateAny); err != nil {
+	if err := s.Owners.Update(int32(fd), &mine, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("slot %d: count its connections: %w", slot, err)
 	}
 	return nil
@@ -118,18 +148,18 @@ func (s *state) ownAll(live sockets.Group) error {
 }
 
 // countOpen counts the open connections of each slot's listener, from the sockets.
-// Counts that a missed event has made wrong it sets right, where nothing changed
-// meanwhile.
+// Counts that a missed event has made wrong it sets right, as far as what changed
+// meanwhile cannot be why they differ.
 func (s *state) countOpen() (open [maps.Slots]int, err error) {
 	var before [maps.Slots]maps.Count
 	for slot := range uint32(maps.Slots) {
 		before[slot] = s.conns.Count(slot)
 	}
-	left, err := s.moved()
+	left, err := s.notes()
 	if err != nil {
 		return open, err
 	}
-	r, err := iterator.Map(s.RpselOpened, s.owners)
+	r, err := iterator.Map(s.RpselOpened, s.Owners)
 	if err != nil {
 		return open, fmt.Errorf("count connections: %w", err)
 	}
@@ -147,7 +177,14 @@ func (s *state) countOpen() (open [maps.Slots]int, err error) {
 		s.conns.Correct(before[slot], s.owner(slot), open[slot])
 	}
 	// Every connection that is known has been asked where it went.
-	for _, cookie := range left {
+	now, err := s.notes()
+	if err != nil {
+		return open, err
+	}
+	for cookie, owner := range left {
+		if now[cookie] != owner {
+			continue // it moved on meanwhile
+		}
 		if err := s.MovedConns.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return open, fmt.Errorf("count connections: %w", err)
 		}
@@ -158,18 +195,19 @@ func (s *state) countOpen() (open [maps.Slots]int, err error) {
 // owner is what connections of a slot's present listener say.
 func (s *state) owner(slot uint32) uint64 { return maps.Owner(slot, s.listeners.Incarnation(slot)) }
 
-// moved lists the connections that went to another listener and have not been
-// asked since.
-func (s *state) moved() (cookies []uint64, err error) {
+// notes are of the connections that went to another listener and have not been
+// asked since: who has each, by its cookie.
+func (s *state) notes() (map[uint64]uint64, error) {
+	notes := map[uint64]uint64{}
 	var cookie, owner uint64
 	all := s.MovedConns.Iterate()
 	for all.Next(&cookie, &owner) {
-		cookies = append(cookies, cookie)
+		notes[cookie] = owner
 	}
 	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return nil, fmt.Errorf("count connections: %w", err)
 	}
-	return cookies, nil
+	return notes, nil
 }
 
 // adoptRounds bounds how often adopt looks for connections: each round has room
@@ -181,7 +219,7 @@ const adoptRounds = 128
 // nobody knows: they are dealt in turn to those that its process has. The caller
 // holds the lock.
 func (s *state) adopt(key Key, pid int) error {
-	if !s.tcp {
+	if !s.counted {
 		return nil
 	}
 	var listeners map[uint32][]uint64
@@ -267,19 +305,19 @@ func (s *state) ownersIn(key Key, pid int) (map[uint32][]uint64, error) {
 }
 
 // reaches reports whether a connection may have come by a listener of the group's
-// address.
+// address: its socket is of the family of that one.
 func reaches(key Key, c bpf.ConnsStranger) bool {
-	local := netip.AddrFrom16(c.Local).Unmap()
-	if c.Family == unix.AF_INET {
-		local = netip.AddrFrom4([4]byte(c.Local[:4]))
-	}
 	group := key.Addr.Addr()
+	if c.Family == unix.AF_INET {
+		return group.Is4() && (group.IsUnspecified() || group == netip.AddrFrom4([4]byte(c.Local[:4])))
+	}
+	local := netip.AddrFrom16(c.Local)
 	switch {
-	case !group.IsUnspecified():
-		return local == group.Unmap()
 	case group.Is4():
-		return local.Is4()
+		return false
+	case !group.IsUnspecified():
+		return local.Unmap() == group.Unmap()
 	default:
-		return local.Is6() || !key.V6Only
+		return !local.Is4In6() || !key.V6Only
 	}
 }

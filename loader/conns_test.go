@@ -7,8 +7,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -339,6 +341,102 @@ func TestMigratedAreCounted(t *testing.T) {
 	}
 }
 
+// However often a connection moves, whoever listens again, and whatever is known of
+// it, it counts once.
+func TestMigratedAreCountedOnce(t *testing.T) {
+	for _, affinity := range []loader.Affinity{loader.AffinityNone, loader.AffinityClient} {
+		o := loader.Options{Settle: -1, Affinity: affinity}
+		t.Run(fmt.Sprintf("of before, %s", affinity), func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			d := newTCPD(t, ns, 2, "tcp4", fleetAddr)
+			d.dial(40, d.addr)
+			g := attach(t, fs, ns, o)
+			must(t, d.listeners[0].Close())
+			if n := len(d.accept(1)); n != 40 {
+				t.Fatalf("%d were accepted", n)
+			}
+			attach(t, fs, ns, loader.Options{}) // adopts them
+			counts(t, g, 0, 40)
+		})
+		t.Run(fmt.Sprintf("listens again, %s", affinity), func(t *testing.T) {
+			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+			d := newTCPD(t, ns, 3, "tcp4", fleetAddr)
+			g := attach(t, fs, ns, o)
+			d.dial(60, d.addr)
+			ended := map[int]bool{}
+			for range 2 {
+				most := -1
+				for slot := range 3 {
+					if !ended[slot] && (most < 0 || g.Counted(slot) > g.Counted(most)) {
+						most = slot
+					}
+				}
+				ended[most] = true
+				d.control(most, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
+			}
+			want := []int{60, 60, 60}
+			for slot := range ended {
+				want[slot] = 0
+				d.control(slot, func(fd int) error { return unix.Listen(fd, 100) })
+			}
+			attach(t, fs, ns, loader.Options{})
+			counts(t, g, want...)
+		})
+	}
+}
+
+// control runs f on the descriptor of a listener.
+func (d *tcpd) control(listener int, f func(fd int) error) {
+	d.t.Helper()
+	raw, err := d.listeners[listener].SyscallConn()
+	must(d.t, err)
+	var failed error
+	must(d.t, raw.Control(func(fd uintptr) { failed = f(int(fd)) }))
+	must(d.t, failed)
+}
+
+// Connections of before belong to the group that has their family, also where one
+// process has listeners of both.
+func TestOfBeforeByFamily(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	v4, v6 := newTCPD(t, ns, 1, "tcp4", "0.0.0.0:1194"), newTCPD(t, ns, 1, "tcp", "[::]:1194")
+	v4.addr, v6.addr = "127.0.0.1:1194", "[::1]:1194"
+	v4.open(3)
+	v6.open(2)
+	for _, c := range []struct {
+		d    *tcpd
+		want int
+	}{{v4, 3}, {v6, 2}} {
+		g, err := fs.Attach(c.d.listeners[0], noSettle)
+		must(t, err)
+		t.Cleanup(func() { g.Close() })
+		counts(t, g, c.want)
+	}
+}
+
+// A connection of which the kernel left out to say that it began counts when
+// somebody looks.
+func TestUnseenAreCounted(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	d := newTCPD(t, ns, 1, "tcp4", fleetAddr)
+	g := attach(t, fs, ns, noSettle)
+	conns := d.open(5)
+	counts(t, g, 5)
+	must(t, g.Overlook(0, conns[0].server))
+	if got := g.Counted(0); got != 4 {
+		t.Fatalf("control: %d are counted", got)
+	}
+	if got := status(t, g).Listeners[0].Connections; got != 5 {
+		t.Errorf("status counts %d connections", got)
+	}
+	counts(t, g, 5)
+	for _, c := range conns {
+		c.server.Close()
+		c.client.Close()
+	}
+	counts(t, g, 0)
+}
+
 // A count that is wrong is right again when somebody looks.
 func TestCountHeals(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
@@ -425,6 +523,33 @@ func (d *tcpd) churn(done func(opened int) bool) int {
 	return int(opened.Load())
 }
 
+// It is right, too, while connections come and go all the time, but for those.
+func TestCountHealsUnderLoad(t *testing.T) {
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	d := newTCPD(t, ns, 1, "tcp4", fleetAddr)
+	g := attach(t, fs, ns, noSettle)
+	var looked atomic.Bool
+	go func() {
+		defer looked.Store(true)
+		for range 50 {
+			g.Miscount(0, 5000)
+			if got := g.Counted(0); got < 4000 {
+				t.Errorf("control: %d are counted", got)
+			}
+			if _, err := g.Housekeep(); err != nil {
+				t.Error(err)
+			}
+			if got := g.Counted(0); got < -100 || got > 100 {
+				t.Errorf("%d are counted, of at most a dozen or so", got)
+			}
+		}
+	}()
+	n := d.churn(func(opened int) bool { return opened >= 200 && looked.Load() })
+	t.Logf("%d connections", n)
+	status(t, g)
+	counts(t, g, 0)
+}
+
 // The counts are right after many connections on all CPUs, as soon as somebody looks:
 // where packets interrupt what they would be counted by, some are missed.
 func TestCountedUnderLoad(t *testing.T) {
@@ -473,4 +598,104 @@ func TestUpgradeConnections(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A change to policy least finds the connections that were opened before it, while
+// nobody counted on that.
+func TestLeastLater(t *testing.T) {
+	const n, connections = 4, 200
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	d := newTCPD(t, ns, 1, "tcp4", fleetAddr)
+	must(t, attach(t, fs, ns, noSettle).Close())
+	before := d.open(connections / 2)
+	must(t, ns.Do(func() error {
+		more, err := sockets.Listen(context.Background(), n-1, "tcp4", fleetAddr)
+		d.listeners = append(d.listeners, more...)
+		return err
+	}))
+	must(t, attach(t, fs, ns, loader.Options{}).Close())
+	before = append(before, d.open(connections/2)...)
+	uneven := by(n, before)
+	if spread(uneven) < connections/3 {
+		t.Fatalf("control: %v is not uneven", uneven)
+	}
+	g := attach(t, fs, ns, loader.Options{Policy: loader.PolicyLeast})
+	counts(t, g, uneven...)
+	after := by(n, append(before, d.open(4*connections)...))
+	t.Logf("with hash %v, then with least %v", uneven, after)
+	if spread(after) > 10 {
+		t.Errorf("%v is not even", after)
+	}
+	counts(t, g, after...)
+}
+
+// Where the kernel cannot count connections all works that does not need it; what
+// does is refused by name, and an upgrade counts as soon as it can be.
+func TestUncounted(t *testing.T) {
+	restore := loader.NoTracing()
+	defer restore()
+	ns, root := testnet.New(t), testnet.BPFFS(t)
+	fs := loader.FS(root)
+	d := newTCPD(t, ns, 2, "tcp4", fleetAddr)
+	conn := d.listeners[0]
+	least := loader.Options{Policy: loader.PolicyLeast}
+	refused := func() {
+		t.Helper()
+		for name, attach := range map[string]func() error{
+			"attach": func() error { _, err := fs.Attach(conn, least); return err },
+			"plan":   func() error { _, err := fs.Plan(conn, least); return err },
+		} {
+			if err := attach(); !errors.Is(err, loader.ErrUncounted) || !errors.Is(err, loader.ErrUnsupported) || !strings.Contains(err.Error(), "policy least") {
+				t.Errorf("%s: got %v, want %v of policy least", name, err, loader.ErrUncounted)
+			}
+		}
+	}
+	refused()
+	if _, err := os.Stat(filepath.Join(root, "rpsel")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a refused attach left state: %v", err)
+	}
+	g := attach(t, fs, ns, noSettle)
+	refused()
+	for _, l := range status(t, g).Listeners {
+		if l.Connections != -1 {
+			t.Errorf("slot %d: %d connections, want none known", l.Slot, l.Connections)
+		}
+	}
+	if got := status(t, g).Policy; got != "hash" {
+		t.Errorf("the policy is %s", got)
+	}
+	first := d.open(40)
+	if _, err := g.Housekeep(); err != nil {
+		t.Error(err)
+	}
+
+	// Draining and migration.
+	must(t, g.Drain(0))
+	if got := by(2, d.open(20)); got[0] > 0 {
+		t.Errorf("%d connections for who drains", got[0])
+	}
+	must(t, g.Resume(0))
+	d.dial(20, d.addr)
+	must(t, d.listeners[1].Close())
+	d.listeners = d.listeners[:1]
+	if moved := len(d.accept(0)); moved != 20 {
+		t.Errorf("%d of 20 connections are there after a close", moved)
+	}
+
+	if u, err := fs.Upgrade(g.Key(), loader.UpgradeOptions{}); err != nil || !u.UpToDate {
+		t.Errorf("upgrade: %+v, %v", u, err)
+	}
+	restore()
+	refused()
+	if u, err := fs.Upgrade(g.Key(), loader.UpgradeOptions{}); err != nil || u.UpToDate {
+		t.Errorf("upgrade where it can count: %+v, %v", u, err)
+	}
+	for _, c := range first {
+		c.client.Close()
+		c.server.Close()
+	}
+	counts(t, g, 20+20) // opened while the other drained, and moved as it closed
+	must(t, attach(t, fs, ns, least).Close())
+	d.open(5)
+	counts(t, g, 20+20+5)
 }

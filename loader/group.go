@@ -102,6 +102,16 @@ func (g *Group) current() (*Group, error) {
 // Key names the group.
 func (g *Group) Key() Key { return g.key }
 
+// Affinity says what counts as the same client here.
+func (g *Group) Affinity() (Affinity, error) {
+	now, err := g.current()
+	if err != nil {
+		return "", err
+	}
+	affinity, _ := affinityOf(now.state.config.Values())
+	return affinity, nil
+}
+
 // Fresh reports whether the Attach that returned the group made its state.
 func (g *Group) Fresh() bool { return g.fresh }
 
@@ -347,8 +357,16 @@ func (g *Group) Drain(slot int) error {
 		if err := g.state.redeal(now); err != nil {
 			return err
 		}
-		return g.state.adopt(g.key, 0) // what waited in its queue when it was registered
+		return g.state.adopt(g.key, 0)
 	})
+}
+
+// CountAccepted counts the connections that waited for a TCP listener when it was
+// registered, and have been accepted since. Attach, Register and Drain do it, too.
+//
+// Errors: ErrNotAttached, ErrLocked.
+func (g *Group) CountAccepted() error {
+	return g.change(func(uint32) error { return g.state.adopt(g.key, 0) })
 }
 
 // Resume undoes Drain, with the same errors. Resuming twice is fine.

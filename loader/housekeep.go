@@ -61,7 +61,7 @@ func (g *Group) Housekeep() (Housekept, error) {
 		})
 	}
 	kept, houseErr := s.kept(now)
-	if s.tcp && houseErr == nil {
+	if s.counted && houseErr == nil {
 		houseErr = g.recountOpen(s)
 	}
 	watched, readErr := maps.Read(s.Reader, now)

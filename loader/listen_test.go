@@ -217,9 +217,7 @@ func memberOf(t *testing.T, ns *testnet.NetNS, pid int) *sockets.Conn {
 // the packets of connections for which its queue had no room.
 func TestAcceptQueue(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	o := families[0].options("a")
-	o.Hold = true
-	a := testnet.StartServer(t, ns, o)
+	a := families[0].hold(t, ns, "a")
 	g := attach(t, fs, ns, noSettle)
 	a.Listen(0, 4) // and one, as the kernel counts
 	board := newSwitchboard(t, ns, families[0])

@@ -32,6 +32,14 @@ func (f family) options(name string) testnet.ServerOptions {
 	return testnet.ServerOptions{Network: f.network, Addr: f.listen, ReusePort: true, Name: name}
 }
 
+// hold starts a server that accepts nothing until it is told to.
+func (f family) hold(t *testing.T, ns *testnet.NetNS, name string) *testnet.Server {
+	t.Helper()
+	o := f.options(name)
+	o.Hold = true
+	return testnet.StartServer(t, ns, o)
+}
+
 // switchboard makes calls to port 1194 of a namespace.
 type switchboard struct {
 	t    *testing.T
@@ -151,13 +159,7 @@ func TestMigration(t *testing.T) {
 				count(t)
 				ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 				sysctl(t, ns, "tcp_fastopen", "0x602") // for servers, without cookie, on all listeners
-				o := f.options("a")
-				o.Hold = true
-				a := testnet.StartServer(t, ns, o)
-				o.Name = "b"
-				b := testnet.StartServer(t, ns, o)
-				o.Name = "c"
-				c := testnet.StartServer(t, ns, o)
+				a, b, c := f.hold(t, ns, "a"), f.hold(t, ns, "b"), f.hold(t, ns, "c")
 				g := attach(t, fs, ns, noSettle)
 				w := newSwitchboard(t, ns, f).waiting(n)
 				had := listenerOf(t, g, a).Untracked
@@ -207,9 +209,7 @@ func TestMigrationControl(t *testing.T) {
 				t.Run(f.name+" "+name+" "+c.name, func(t *testing.T) {
 					ns := testnet.New(t)
 					sysctl(t, ns, "tcp_fastopen", "0x602")
-					o := f.options("a")
-					o.Hold = true
-					a := testnet.StartServer(t, ns, o)
+					a := f.hold(t, ns, "a")
 					testnet.StartServer(t, ns, f.options("b"))
 					testnet.StartServer(t, ns, f.options("c"))
 					c.make(t, ns)
@@ -245,13 +245,7 @@ func hold(t *testing.T, n int, o loader.Options, prepare func(*held)) *held {
 	t.Helper()
 	f := families[0]
 	h := &held{ns: testnet.New(t), fs: loader.FS(testnet.BPFFS(t))}
-	server := f.options("a")
-	server.Hold = true
-	h.a = testnet.StartServer(t, h.ns, server)
-	server.Name = "b"
-	h.b = testnet.StartServer(t, h.ns, server)
-	server.Name = "c"
-	h.c = testnet.StartServer(t, h.ns, server)
+	h.a, h.b, h.c = f.hold(t, h.ns, "a"), f.hold(t, h.ns, "b"), f.hold(t, h.ns, "c")
 	h.g = attach(t, h.fs, h.ns, o)
 	h.board = newSwitchboard(t, h.ns, f)
 	h.calls = h.board.open(2, n)
@@ -378,18 +372,13 @@ func TestMigrationNewest(t *testing.T) {
 		t.Run(map[bool]string{false: "turning", true: "turned"}[over], func(t *testing.T) {
 			f := families[0]
 			fl := newFleet(t)
-			o := f.options("a")
-			o.Hold = true
-			a := testnet.StartServer(t, fl.ns, o)
-			o.Name = "b"
-			b := testnet.StartServer(t, fl.ns, o)
+			a, b := f.hold(t, fl.ns, "a"), f.hold(t, fl.ns, "b")
 			fl.attach(newest)
 			board := newSwitchboard(t, fl.ns, f)
 			calls := board.open(2, n)
 			had := listenerOf(t, fl.group, a).Untracked
 			fl.later()
-			o.Name = "c"
-			c := testnet.StartServer(t, fl.ns, o)
+			c := f.hold(t, fl.ns, "c")
 			fl.attach(newest)
 			fl.want("before", map[int]int{1: 2, 2: 1})
 			heir := "b"
@@ -478,13 +467,7 @@ func TestMigrationAffinityDrains(t *testing.T) {
 	const hosts = 40
 	f := families[0]
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	o := f.options("a")
-	o.Hold = true
-	a := testnet.StartServer(t, ns, o)
-	o.Name = "b"
-	b := testnet.StartServer(t, ns, o)
-	o.Name = "c"
-	c := testnet.StartServer(t, ns, o)
+	a, b, c := f.hold(t, ns, "a"), f.hold(t, ns, "b"), f.hold(t, ns, "c")
 	g := attach(t, fs, ns, loader.Options{Affinity: loader.AffinityClient, Settle: -1})
 	if err := g.Drain(slotOf(t, g, b.PID())); err != nil {
 		t.Fatal(err)
@@ -574,13 +557,10 @@ func TestMigrationFallback(t *testing.T) {
 	const n = 60
 	f := families[0]
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
-	o := f.options("a")
-	o.Hold = true
-	a := testnet.StartServer(t, ns, o)
+	a := f.hold(t, ns, "a")
 	g := attach(t, fs, ns, noSettle)
 	calls := newSwitchboard(t, ns, f).open(2, n)
-	o.Name = "late"
-	late := testnet.StartServer(t, ns, o)
+	late := f.hold(t, ns, "late")
 	a.Kill()
 	late.Accept()
 	if shares := testnet.Shares(acceptors(calls)); shares["late"] != n {

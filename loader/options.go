@@ -53,6 +53,9 @@ var (
 	ErrPermission = sockets.ErrPermission
 	// ErrUnsupported: this kernel lacks a feature.
 	ErrUnsupported = sockets.ErrUnsupported
+	// ErrUncounted: what is asked for goes by the open connections of TCP listeners,
+	// and nobody counts them. It is an ErrUnsupported.
+	ErrUncounted = fmt.Errorf("%w: connections are not counted", ErrUnsupported)
 	// ErrOwner: Options.Owner is not the user of the group's sockets.
 	ErrOwner = errors.New("the owner has to be the user of the group's sockets")
 	// ErrWatched: another process watches the group.
@@ -96,7 +99,8 @@ const (
 	PolicyNewest
 	// PolicyLeast draws two listeners as PolicyHash draws one, and gives the flow
 	// to the one that has fewer flows for its weight. With TCP it goes by the
-	// connections that each has open, whatever the affinity. With UDP and
+	// connections that each has open, whatever the affinity; on a kernel that cannot
+	// count them (CanCount) it is refused, with ErrUncounted. With UDP and
 	// AffinityNone it knows no flows, and is PolicyHash.
 	PolicyLeast
 	// PolicyRR gives new flows to the listeners in turn, as often as their weights

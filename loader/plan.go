@@ -89,6 +89,9 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	}
 	s, err := fs.open(key)
 	if errors.Is(err, ErrNotAttached) {
+		if err := checkPolicy(key, nil, o.Policy); err != nil {
+			return Plan{}, err
+		}
 		return makePlan(key, conn, nil, o)
 	}
 	if err != nil {
@@ -96,6 +99,9 @@ func (fs FS) plan(conn syscall.Conn, o Options) (Plan, error) {
 	}
 	defer s.close()
 	if err := s.checkFixed(key, o); err != nil {
+		return Plan{}, err
+	}
+	if err := checkPolicy(key, s, o.Policy); err != nil {
 		return Plan{}, err
 	}
 	return makePlan(key, conn, s, o)

@@ -18,7 +18,7 @@ import (
 // the counts up from then on; what changes just now may be counted twice or not
 // at all, until its next round.
 func (s *state) recount() error {
-	if s.policy() != maps.PolicyLeast || s.tcp {
+	if s.policy() != maps.PolicyLeast || s.counted {
 		return nil
 	}
 	table, err := s.table()

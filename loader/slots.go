@@ -248,10 +248,15 @@ func (s *state) seat(m sockets.Socket, conn syscall.Conn, now uint32, r *roll) (
 		}
 		s.listeners.NextIncarnation(slot)
 		s.loads.Set(slot, 0)
-		if s.tcp {
+		if s.counted {
 			s.conns.Begin(slot, s.listeners.Incarnation(slot))
 		}
 		fault.Point("slot numbered")
+	} else if s.counted {
+		// What waited in it is somebody else's, and counts with it until somebody looks.
+		if _, err := s.countOpen(); err != nil {
+			return 0, err
+		}
 	}
 	if err := s.listeners.Record(slot, record); err != nil {
 		return 0, err

@@ -29,7 +29,7 @@ type pinned struct {
 	dir     os.FileInfo // the directory; its name may be another's by now
 	layout  uint32
 	replies bool // with a program that sees them
-	tcp     bool // it has counting, from layout 2 on
+	counted bool // it has counting: TCP, from layout 2 on, where the kernel can
 	bpf.SelectPrograms
 	bpf.SelectMaps
 	counting
@@ -41,7 +41,7 @@ func (p *pinned) programs() map[string]**ebpf.Program {
 	if p.replies {
 		programs[replyPin] = &p.RpselReply
 	}
-	if p.tcp {
+	if p.counted {
 		programs["count"], programs["opened"], programs["adopt"] = &p.RpselCount, &p.RpselOpened, &p.RpselAdopt
 	}
 	return programs
@@ -61,8 +61,8 @@ func (p *pinned) maps() map[string]**ebpf.Map {
 		bpf.SelectMapPeers: &m.Peers,
 		bpf.SelectMapConns: &m.Conns, bpf.SelectMapMovedConns: &m.MovedConns,
 	}
-	if p.tcp {
-		all[bpf.ConnsMapOwners] = &p.owners
+	if p.counted {
+		all[bpf.ConnsMapOwners] = &p.Owners
 	}
 	return all
 }
@@ -228,13 +228,14 @@ var timer = sync.OnceValue(func() uint32 {
 	return 0
 })
 
-// load loads a program, and maps of its own where keep has none.
+// load loads a program, and maps of its own where keep has none. With TCP it counts
+// connections from then on, each once, beside another one on the same maps.
 func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 	spec, err := c.spec()
 	if err != nil {
 		return nil, err
 	}
-	s := &state{pinned: pinned{layout: maps.ABI, replies: confirmOf(c.fixed) == ConfirmReply, tcp: c.key.Proto == TCP}, links: map[uint64]*link.RawLink{}}
+	s := &state{pinned: pinned{layout: maps.ABI, replies: confirmOf(c.fixed) == ConfirmReply}, links: map[uint64]*link.RawLink{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.pinned.close())
@@ -252,11 +253,8 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 		s.RpselReply.Close()
 		s.RpselReply = nil
 	}
-	if s.tcp {
-		if s.owners, err = ownersMap(spec, keep); err != nil {
-			return nil, err
-		}
-		if err := s.loadCounting(c.key); err != nil {
+	if c.key.Proto == TCP {
+		if err := s.startCounting(c.key, keep); err != nil {
 			return nil, err
 		}
 	}
@@ -368,9 +366,6 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	c.ClockMult = mult
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
 	s.setOwner(o)
-	if err := s.startCounting(); err != nil {
-		return nil, err
-	}
 	return s, s.settle(now, o.Settle)
 }
 
@@ -434,7 +429,7 @@ func (fs FS) pinAside(key Key, s *state) (_ string, err error) {
 		l.Close()
 	}
 	if s.counts != nil {
-		if err := pin("counting", s.counts); err != nil {
+		if err := pin(countingPin, s.counts); err != nil {
 			return "", err
 		}
 	}
@@ -528,7 +523,8 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 	case p.layout == 0:
 		return nil, fmt.Errorf("%s: %w: it has no layout: detach it", key, ErrIncompatible)
 	}
-	p.tcp = key.Proto == TCP && p.layout > 1
+	_, missing := os.Stat(filepath.Join(dir, countingPin))
+	p.counted = missing == nil
 	for name, m := range p.maps() {
 		if *m != nil || p.layout == 1 && slices.Contains(laterMaps, name) {
 			continue
@@ -537,7 +533,7 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 			return nil, openError(key, name, err)
 		}
 	}
-	_, missing := os.Stat(filepath.Join(dir, replyPin))
+	_, missing = os.Stat(filepath.Join(dir, replyPin))
 	p.replies = missing == nil
 	for name, program := range p.programs() {
 		if *program, err = ebpf.LoadPinnedProgram(filepath.Join(dir, name), nil); err != nil {

@@ -41,7 +41,7 @@ type Listener struct {
 	Recent int
 	// Connections is how many connections a TCP listener has open: accepted by its
 	// process, or waiting for that. A dead listener's are those that its process
-	// has kept.
+	// has kept. -1 if this kernel cannot count them (CanCount).
 	Connections int
 	// Runs of the program that selected it since it joined, by outcome, and
 	// the bytes of their transport headers and payloads.
@@ -160,7 +160,7 @@ func (g *Group) status() (Status, error) {
 	if err := g.countFlows(&status, now); err != nil {
 		return status, err
 	}
-	if s.tcp {
+	if s.counted {
 		open, err := s.countOpen()
 		if err != nil {
 			return status, fmt.Errorf("%s: %w", g.key, err)
@@ -168,6 +168,10 @@ func (g *Group) status() (Status, error) {
 		for i := range status.Listeners {
 			l := &status.Listeners[i]
 			l.Connections = open[l.Slot]
+		}
+	} else if g.key.Proto == TCP {
+		for i := range status.Listeners {
+			status.Listeners[i].Connections = -1
 		}
 	}
 	return status, nil

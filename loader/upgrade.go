@@ -109,6 +109,9 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	if u.UpToDate = same && len(made) == 0; u.UpToDate {
 		return nil
 	}
+	if old.counted && !s.counted {
+		return fmt.Errorf("%w: its connections could not be counted any more", ErrUnsupported)
+	}
 	live, err := liveGroup(u.Key)
 	if err != nil {
 		return err
@@ -127,11 +130,7 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 		return nil
 	}
 
-	// Old and new programs count side by side for a while, each connection once.
-	if err := s.startCounting(); err != nil {
-		return err
-	}
-	if s.tcp && !old.tcp {
+	if s.counted && !old.counted {
 		if err := s.ownAll(live); err != nil {
 			return err
 		}

@@ -22,3 +22,6 @@ func FilteredHolders() (pids []int, err error) {
 	}
 	return pids, err
 }
+
+// HoldersOf are the holders of a socket with these descriptors.
+func HoldersOf(held []bpf.FindRecord) []Holder { return socketOf(held).Holders }

@@ -79,8 +79,8 @@ type Socket struct {
 	Cookie uint64
 	// Inode is the number in /proc/PID/fd/FD, 0 if unseen.
 	Inode uint64
-	// Holders are the descriptors of the socket, by pid and number, the
-	// caller's own last: it may have borrowed them. None if no process holds
+	// Holders are the descriptors of the socket, those of the oldest process first,
+	// and the caller's own last: it may have borrowed them. None if no process holds
 	// it that is visible in the caller's pid namespace.
 	Holders []Holder
 	// Reuseport tells that the socket is in a group and has SO_REUSEPORT on.
@@ -461,19 +461,20 @@ func socketOf(held []bpf.FindRecord) Socket {
 	if r.RemotePort != 0 {
 		s.Connected = addrPort(r.Family, r.Remote, r.RemotePort)
 	}
+	// A master is older than its workers, but may have a higher pid: they wrap.
+	held = slices.SortedFunc(slices.Values(held), func(a, b bpf.FindRecord) int {
+		return cmp.Or(cmp.Compare(own(a), own(b)), cmp.Compare(a.Started, b.Started), cmp.Compare(a.Pid, b.Pid), cmp.Compare(a.Fd, b.Fd))
+	})
 	for _, h := range held {
 		comm, _, _ := bytes.Cut(h.Comm[:], []byte{0})
 		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: CommandName(comm)})
 	}
-	slices.SortFunc(s.Holders, func(a, b Holder) int {
-		return cmp.Or(cmp.Compare(own(a), own(b)), cmp.Compare(a.PID, b.PID), cmp.Compare(a.FD, b.FD))
-	})
 	return s
 }
 
 // own is 1 for a descriptor of this process, which may have borrowed it.
-func own(h Holder) int {
-	if h.PID == os.Getpid() {
+func own(h bpf.FindRecord) int {
+	if int(h.Pid) == os.Getpid() {
 		return 1
 	}
 	return 0

@@ -149,13 +149,13 @@ func (c *checker) machine() {
 	c.capabilities()
 	c.try("sk_reuseport programs", "can be loaded", features.HaveProgramType(ebpf.SkReuseport))
 	c.try("socket arrays", "can be made", features.HaveMapType(ebpf.ReusePortSockArray))
-	c.try("selection program", "the verifier accepts it", tryLoad(bpf.LoadSelect))
+	c.try("selection program", "the verifier accepts it", tryLoad())
 	_, err = sockets.Find(sockets.Query{Port: 1})
 	c.try("socket search", "works", err)
 	c.ptrace()
 	c.bpffs()
-	err = tryLoad(bpf.LoadConns)
-	c.note("connection counts", "attach --proto tcp", err == nil, "%s", orElse(err, "the verifier accepts the programs", fmt.Sprint(err)))
+	err = loader.CanCount()
+	c.note("connection counts", "TCP: --policy least, drain --wait, CONNS", err == nil, "%s", orElse(err, "work", fmt.Sprint(err)))
 	c.jit()
 	c.cgroup2(kernel)
 	c.note("bpf_timer", "housekeeping while no agent runs", loader.HaveTimer(), "Linux 5.15 or later")
@@ -202,9 +202,9 @@ func (c *checker) capabilities() {
 	}
 }
 
-// tryLoad loads programs as attach would, and drops them.
-func tryLoad(load func() (*ebpf.CollectionSpec, error)) error {
-	spec, err := load()
+// tryLoad loads the selection program as attach would, and drops it.
+func tryLoad() error {
+	spec, err := bpf.LoadSelect()
 	if err != nil {
 		return err
 	}
@@ -343,7 +343,7 @@ func (c *checker) group(g sockets.Group) {
 	}
 	switch {
 	case planErr != nil:
-		f := finding{Name: name, For: "attach", Detail: planErr.Error()}
+		f := finding{Name: name, For: "attach", Detail: strings.TrimPrefix(planErr.Error(), name+": ")}
 		c.findings = append(c.findings, f)
 		c.fail(f, exitCode(planErr))
 	case plan.Attached:

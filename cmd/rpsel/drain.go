@@ -53,10 +53,22 @@ func (c chosen) waitsFor(now loader.Listener) int {
 
 // counted puts that in words.
 func (c chosen) counted(n int) string {
-	if c.group.Key().Proto == sockets.TCP {
+	switch {
+	case c.group.Key().Proto != sockets.TCP:
+		return plural(n, "flow")
+	case c.Connections < 0:
+		return "connections are not counted"
+	default:
 		return plural(n, "connection")
 	}
-	return plural(n, "flow")
+}
+
+// canWait refuses to wait for connections that nobody counts.
+func (c chosen) canWait(s *scope) error {
+	if c.Connections >= 0 {
+		return nil
+	}
+	return fmt.Errorf(`%s: --wait: %w, "rpsel check" says why: drain without --wait, and see "ss -tn" for those that are left`, c.name(s), loader.ErrUncounted)
 }
 
 // find opens the groups and finds the listeners, dead ones left out. The caller
@@ -113,7 +125,7 @@ func writeAltered(e *env, s *scope, groups []*loader.Group, listeners []chosen) 
 		WeightBefore int    `json:"weight_before"`
 		Weight       int    `json:"weight"`
 		Flows        int    `json:"flows"`
-		Connections  int    `json:"connections"`
+		Connections  *int   `json:"connections"` // null: unknown
 	}
 	type groupAlteredJSON struct {
 		groupJSON
@@ -140,7 +152,7 @@ func writeAltered(e *env, s *scope, groups []*loader.Group, listeners []chosen) 
 			altered.Listeners = append(altered.Listeners, alteredJSON{
 				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie,
 				StateBefore: l.State, State: now.State, WeightBefore: l.Weight, Weight: now.Weight, Flows: now.Flows,
-				Connections: now.Connections,
+				Connections: nullIfNegative(now.Connections),
 			})
 		}
 		if len(altered.Listeners) > 0 {
@@ -180,6 +192,11 @@ them is closed, also if the server has closed its listener by then.`,
 				return err
 			}
 			defer closeAll(groups)
+			for _, l := range listeners {
+				if err := l.canWait(&t.scope); wait && err != nil {
+					return err
+				}
+			}
 			for _, l := range listeners {
 				if err := l.group.Drain(l.Slot); err != nil {
 					return err
@@ -253,6 +270,9 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 	defer tick.Stop()
 	last := -1
 	for {
+		// A handshake that began before the drain may end after it, and is seen when it
+		// has: with TCP nothing is left if that is so twice.
+		quiet := last == 0 || listeners[0].group.Key().Proto != sockets.TCP
 		left := 0
 		for _, l := range listeners {
 			status, err := l.group.Status()
@@ -278,23 +298,46 @@ func waitDrained(ctx context.Context, e *env, s *scope, listeners []chosen) erro
 				left += l.waitsFor(now)
 			}
 		}
-		if left == 0 {
+		if left == 0 && quiet {
 			return nil
 		}
-		words := listeners[0].counted(left)
-		if left != last {
-			e.say("%s left", words)
-			last = left
+		if left == 0 {
+			// What waited when its listener was registered nobody has counted.
+			if err := countAccepted(listeners); err != nil {
+				return err
+			}
 		}
+		words := listeners[0].counted(left)
+		if left != last && left > 0 {
+			e.say("%s left", words)
+		}
+		last = left
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return &codedError{exitTimeout, fmt.Errorf("%s: %s left after --timeout: the listener drains on, wait again", s, words)}
-			}
+		}
+		switch err := ctx.Err(); {
+		case errors.Is(err, context.DeadlineExceeded):
+			return &codedError{exitTimeout, fmt.Errorf("%s: %s left after --timeout: the listener drains on, wait again", s, words)}
+		case err != nil:
 			return fmt.Errorf("%s: interrupted with %s left: the listener drains on", s, words)
 		}
 	}
+}
+
+// countAccepted counts what TCP listeners have accepted that waited when they were
+// registered.
+func countAccepted(listeners []chosen) error {
+	for _, l := range listeners {
+		if l.group.Key().Proto != sockets.TCP {
+			continue
+		}
+		err := l.group.CountAccepted()
+		if err != nil && !errors.Is(err, loader.ErrNotAttached) { // the next look says so
+			return err
+		}
+	}
+	return nil
 }
 
 func newResumeCmd(e *env) *cobra.Command {

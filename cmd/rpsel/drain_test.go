@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -140,6 +143,39 @@ func TestDrainedNoLonger(t *testing.T) {
 	}
 }
 
+// Where nobody counts connections the wait for the last one is refused before
+// anything drains; all else works.
+func TestDrainUncounted(t *testing.T) {
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "tcp4", Addr: "127.0.0.1:1194", ReusePort: true})
+	where := []string{"--bpffs", bpffs, "-N", ns.Path(), "--port", "1194", "--proto", "tcp"}
+	if code, _, talk := rpsel(append([]string{"attach"}, where...)...); code != exitDone {
+		t.Fatal(talk)
+	}
+	// What tells such a group from another is that this is not there.
+	if err := os.Remove(filepath.Join(bpffs, "rpsel", fmt.Sprint(ns.Cookie()), "tcp_7f000001_1194", "counting")); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+		says string
+	}{
+		{[]string{"drain", "--slot", "0", "--wait"}, exitUnsupported, `slot 0, `},
+		{[]string{"drain", "--slot", "0", "--wait"}, exitUnsupported, `connections are not counted, "rpsel check" says why`},
+		{[]string{"status"}, exitDone, " active "},
+		{[]string{"status", "-j"}, exitDone, `"connections":null`},
+		{[]string{"drain", "--slot", "0"}, exitDone, ": draining, connections are not counted\n"},
+		{[]string{"drain", "--slot", "0", "-j"}, exitDone, `"connections":null`},
+		{[]string{"status"}, exitDone, " draining "},
+	} {
+		code, out, talk := rpsel(append(c.args, where...)...)
+		if all := out + talk; code != c.code || !strings.Contains(all, c.says) || c.says == " active " && strings.Contains(all, "draining") {
+			t.Errorf("%v: exit code %d, want %d and %q: %s", c.args, code, c.code, c.says, all)
+		}
+	}
+}
+
 // The wait for a TCP listener ends with the last connection that it accepted, not
 // before, also if the server closes the listener meanwhile. The connections are of
 // before the attach and after it.
@@ -196,8 +232,67 @@ func TestDrainWaitsForConnections(t *testing.T) {
 	if got := len(conns["s0"]); got != len(mine) {
 		t.Errorf("%d new connections while it drained", got-len(mine))
 	}
+	// One look may come before the last ACK of a handshake.
+	s := &scope{port: 1194, bpffs: bpffs}
+	g, err := loader.FS(bpffs).Open(loader.Key{NetNS: ns.Cookie(), Proto: sockets.TCP, Addr: netip.MustParseAddrPort(addr)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	drained := []chosen{{g, loader.Listener{Slot: 0}}}
+	once, cancel := context.WithCancel(context.Background())
+	cancel()
+	for ctx, ends := range map[context.Context]bool{context.Background(): true, once: false} {
+		if err := waitDrained(ctx, &env{out: io.Discard, err: io.Discard}, s, drained); (err == nil) != ends {
+			t.Errorf("the wait for none ends well: %v, want %v", err, ends)
+		}
+	}
 	code, out, talk := rpsel(append([]string{"status", "-j"}, where...)...)
 	if want := fmt.Sprintf(`"connections":%d}`, len(conns["s1"])); code != exitDone || !strings.Contains(out, `"connections":0}`) || !strings.Contains(out, want) {
 		t.Errorf("want %s, status %s %s", want, out, talk)
+	}
+}
+
+// It waits for those, too, that waited to be accepted when their listener was
+// registered, and were accepted only while it drains.
+func TestDrainWaitsForAccepted(t *testing.T) {
+	const addr, n = "127.0.0.1:1194", 5
+	ns, bpffs := testnet.New(t), testnet.BPFFS(t)
+	server := testnet.StartServer(t, ns, testnet.ServerOptions{Network: "tcp4", Addr: addr, ReusePort: true, Hold: true})
+	where := []string{"--bpffs", bpffs, "-N", ns.Path(), "--port", "1194", "--proto", "tcp"}
+	var conns []net.Conn
+	for range n {
+		err := ns.Do(func() error {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { c.Close() })
+			conns = append(conns, c)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code, out, talk := rpsel(append([]string{"attach"}, where...)...); code != exitDone {
+		t.Fatal(out, talk)
+	}
+	last := &onText{text: "\n1 connection left\n", do: sync.OnceFunc(func() { conns[0].Close() })}
+	first := &onText{text: fmt.Sprintf("\n%d connections left\n", n), do: sync.OnceFunc(func() {
+		server.Accept()
+		for i, c := range conns {
+			if _, err := c.Read(make([]byte, 8)); err != nil {
+				t.Error(err)
+			}
+			if i > 0 {
+				c.Close()
+			}
+		}
+	})}
+	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "1m"}, where...)
+	code := run(args, &env{out: io.Discard, err: io.MultiWriter(first, last)})
+	if talk := last.all.String(); code != exitDone || !strings.Contains(talk, last.text) {
+		t.Errorf("exit code %d: %s", code, talk)
 	}
 }

@@ -49,6 +49,9 @@ nothing.`,
 				e.say(`nothing is attached: "rpsel attach" makes a port sticky`)
 				return nil
 			}
+			if err := sayUntracked(e, &s, groups); err != nil {
+				return err
+			}
 			return watchAll(ctx, e, &s, groups, asJSON)
 		},
 	}

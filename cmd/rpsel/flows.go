@@ -77,6 +77,9 @@ each, on a line of its own.`,
 				return err
 			}
 			defer closeAll(groups)
+			if err := sayUntracked(e, &s, groups); err != nil {
+				return err
+			}
 			if count {
 				return printFlowCount(e, groups, filter)
 			}
@@ -100,6 +103,20 @@ each, on a line of its own.`,
 	addJSONFlag(cmd, &asJSON)
 	addNoHeaderFlag(cmd, &noHeader)
 	return cmd
+}
+
+// sayUntracked says of which groups there are no flows to see.
+func sayUntracked(e *env, s *scope, groups []*loader.Group) error {
+	for _, g := range groups {
+		affinity, err := g.Affinity()
+		if err != nil {
+			return err
+		}
+		if affinity == loader.AffinityNone {
+			e.say("%s: nothing is tracked with affinity none", s.groupName(g.Key()))
+		}
+	}
+	return nil
 }
 
 // printFlowCount looks at no more of each flow than the filter needs.

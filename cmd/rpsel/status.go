@@ -152,7 +152,7 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 			strconv.Itoa(l.Flows), rate(l.Recent), strconv.FormatUint(l.Hit+l.New+l.Rehomed+l.Untracked+l.Migrated, 10),
 			unlessNegative(l.RxQueue), unlessNegative(l.Drops)}
 		if tcp {
-			cells = append(cells, strconv.Itoa(l.Connections))
+			cells = append(cells, unlessNegative(l.Connections))
 		}
 		t.add(cells...)
 	}
@@ -264,8 +264,8 @@ type listenerJSON struct {
 	Bytes      uint64 `json:"bytes"`
 	RxQueue    *int   `json:"rx_queue"` // null: unknown
 	Drops      *int   `json:"drops"`    // null: unknown
-	// Open now; 0 for UDP.
-	Connections int `json:"connections"`
+	// Open now; 0 for UDP, null: unknown.
+	Connections *int `json:"connections"`
 }
 
 func (s *scope) statusJSON(list []loader.Status) statusJSON {
@@ -291,7 +291,7 @@ func (s *scope) statusJSON(list []loader.Status) statusJSON {
 		for _, l := range status.Listeners {
 			g.Listeners = append(g.Listeners, listenerJSON{
 				Slot: l.Slot, PID: l.PID, Command: l.Command, Cookie: l.Cookie, Generation: l.Generation,
-				State: l.State, Weight: l.Weight, Flows: l.Flows, Connections: l.Connections,
+				State: l.State, Weight: l.Weight, Flows: l.Flows, Connections: nullIfNegative(l.Connections),
 				Hit: l.Hit, New: l.New, Rehomed: l.Rehomed, Untracked: l.Untracked, Migrated: l.Migrated, Bytes: l.Bytes,
 				RxQueue: nullIfNegative(l.RxQueue), Drops: nullIfNegative(l.Drops),
 			})

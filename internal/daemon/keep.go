@@ -194,7 +194,8 @@ func (k *keeper) apply(live sockets.Group, state *group, service *config.Service
 }
 
 // attachWith attaches a group through any of its members. What is fixed while a
-// group has state stays as it is.
+// group has state stays as it is, and so does the policy where the kernel does not
+// count what it goes by.
 func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group, error) {
 	conn, err := sockets.TakeMember(live)
 	if err != nil {
@@ -203,20 +204,24 @@ func (k *keeper) attachWith(live sockets.Group, o loader.Options) (*loader.Group
 	defer conn.Close()
 	g, err := k.FS.Attach(conn, o)
 	var refused []string
-	for _, leave := range []func(){
-		func() { o.Flows = 0 },
-		func() { o.Affinity, o.ClientPrefix = "", loader.ClientPrefix{} },
-		func() { o.First = "" },
-		func() { o.Confirm = "" },
+	for _, left := range []struct {
+		cause error
+		out   func()
+	}{
+		{loader.ErrFixed, func() { o.Flows = 0 }},
+		{loader.ErrFixed, func() { o.Affinity, o.ClientPrefix = "", loader.ClientPrefix{} }},
+		{loader.ErrFixed, func() { o.First = "" }},
+		{loader.ErrFixed, func() { o.Confirm = "" }},
+		{loader.ErrUncounted, func() { o.Policy = 0 }},
 	} {
-		if !errors.Is(err, loader.ErrFixed) {
-			break
+		if !errors.Is(err, left.cause) {
+			continue
 		}
 		if text := err.Error(); !slices.Contains(refused, text) {
 			refused = append(refused, text)
 			k.complains("fixed "+text, text, k.attrs(live)...)
 		}
-		leave()
+		left.out()
 		g, err = k.FS.Attach(conn, o)
 	}
 	k.refuse(live.Key, refused)

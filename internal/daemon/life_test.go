@@ -195,6 +195,30 @@ func TestReload(t *testing.T) {
 	a.awaitListeners(one, 3)
 }
 
+// A policy that goes by connections which nobody counts is refused, and told; the rest
+// of the service is in force, and who comes is registered.
+func TestUncounted(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "tcp4", Addr: addr, ReusePort: true}
+	key := keyOf(ns, loader.TCP, addr)
+	servers := testnet.StartGroup(t, ns, 2, options)
+	a := start(t, fs, service(ns, 1194, `proto = "tcp"`))
+	a.awaitListeners(key, 2)
+	// What tells a group whose connections are counted from another.
+	if err := os.Remove(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie()), "tcp_7f000001_1194", "counting")); err != nil {
+		t.Fatal(err)
+	}
+	a.write(service(ns, 1194, `proto = "tcp"`, `policy = "least"`, `idle = "2m"`))
+	a.reload <- unix.SIGHUP
+	await(t, "what is in force", func() bool {
+		s, _ := status(t, a.fs, key)
+		refused := running(t, fs).Refused
+		return s.Policy == "hash" && s.Idle == 2*time.Minute && len(refused) == 1 && strings.Contains(refused[0], "policy least")
+	})
+	servers.Add()
+	a.awaitListeners(key, 3)
+}
+
 // What is changed in the file and read again moves no tracked flow, neither does what
 // cannot be changed keep the rest from being so, nor a group from being attached again.
 func TestReloadMovesNothing(t *testing.T) {

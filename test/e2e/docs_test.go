@@ -66,14 +66,25 @@ func TestTCPDocs(t *testing.T) {
 
 	t.Run("nginx", func(t *testing.T) {
 		d := newDocs(t)
-		nginx := startNginx(t, d.ns)
+		startNginx(t, d.ns)
 		d.run(slots)
 		d.run(policy)
-		const connections = 210
-		// In turn, with weights 4, 1, 1 and 1.
-		if got := ask(t, d.ns, connections)[nginx.workers()[0]]; got < connections/2 {
-			t.Errorf("worker 0 with weight 4 answers %d of %d", got, connections)
+		const connections = 210 // open at once; with weights 4, 1, 1 and 1
+		for range connections {
+			var fd int
+			if err := d.ns.Do(func() (err error) { fd, err = dialTCP(webAddr); return err }); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Close(fd) })
 		}
+		d.await("the first of nginx's listeners has four times what another has", func(s status) bool {
+			for _, l := range s.Groups[0].Listeners {
+				if share := connections * []int{4, 1, 1, 1}[l.Slot] / 7; l.Connections < share-5 || l.Connections > share+5 {
+					return false
+				}
+			}
+			return len(s.Groups[0].Listeners) == nginxWorkers
+		})
 	})
 }
 

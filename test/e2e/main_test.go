@@ -108,10 +108,11 @@ type status struct {
 }
 
 type listener struct {
-	Slot   int
-	PID    int
-	State  string
-	Cookie uint64
+	Slot        int
+	PID         int
+	State       string
+	Cookie      uint64
+	Connections int
 }
 
 // What the command's exit codes say.

@@ -41,14 +41,14 @@ func TestRollingRestart(t *testing.T) {
 				defer r.explain()
 				r.agent()
 			}
-			start := func() *single {
+			start := func() *daemon {
 				s := startSingle(t, ns, webAddr)
 				if c.rpsel {
 					r.awaitActive(s.cmd.Process.Pid)
 				}
 				return s
 			}
-			var group [servers]*single
+			var group [servers]*daemon
 			for i := range group {
 				group[i] = start()
 			}
@@ -58,7 +58,6 @@ func TestRollingRestart(t *testing.T) {
 				for i, s := range group {
 					if c.drain {
 						r.drain(s.cmd.Process.Pid)
-						s.awaitIdle(t)
 					}
 					s.signal(t, unix.SIGTERM)
 					<-s.ended

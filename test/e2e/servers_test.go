@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -50,55 +49,23 @@ const serving = "serving"
 // startSelf starts this program as a server and returns when it serves.
 func startSelf(t testing.TB, ns *testnet.NetNS, args ...string) *daemon {
 	t.Helper()
-	d := launchSelf(t, ns, nil, args...)
-	d.await(t, serving)
-	return d
-}
-
-func launchSelf(t testing.TB, ns *testnet.NetNS, stdin io.Reader, args ...string) *daemon {
-	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, args...)
-	cmd.Stdin = stdin
-	return launch(t, ns, args[0], cmd)
+	d := launch(t, ns, args[0], exec.Command(self, args...))
+	d.await(t, serving)
+	return d
 }
 
 // singleWork is how long the server with one thread works on a request.
 const singleWork = time.Millisecond
 
-// single is a server with one thread that knows nothing of restarts: it takes one
-// connection after the other, and SIGTERM just kills it.
-type single struct {
-	*daemon
-	orders *os.File
-	asked  int
-}
-
-func startSingle(t testing.TB, ns *testnet.NetNS, addr netip.AddrPort) *single {
+// startSingle starts a server with one thread that knows nothing of restarts: it
+// takes one connection after the other, and SIGTERM just kills it.
+func startSingle(t testing.TB, ns *testnet.NetNS, addr netip.AddrPort) *daemon {
 	t.Helper()
-	in, orders, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
-	t.Cleanup(func() { orders.Close() })
-	s := &single{launchSelf(t, ns, in, "single", addr.String()), orders, 0}
-	s.await(t, serving)
-	return s
-}
-
-// awaitIdle returns when the server says that it has no connection and none waits.
-func (s *single) awaitIdle(t testing.TB) {
-	t.Helper()
-	s.asked++
-	question := fmt.Sprintf("idle %d\n", s.asked)
-	if _, err := s.orders.WriteString(question); err != nil {
-		t.Fatal(err)
-	}
-	s.await(t, question)
+	return startSelf(t, ns, "single", addr.String())
 }
 
 func serveSingle(args []string) error {
@@ -106,32 +73,20 @@ func serveSingle(args []string) error {
 	if err != nil {
 		return err
 	}
-	raw, err := listeners[0].SyscallConn()
+	listener, err := listeners[0].File() // whose calls block
 	if err != nil {
 		return err
 	}
+	if err := errors.Join(listeners[0].Close(), unix.SetNonblock(int(listener.Fd()), false)); err != nil {
+		return err
+	}
 	fmt.Println(serving)
-	var end error
-	err = raw.Control(func(fd uintptr) {
-		orders := bufio.NewReader(os.Stdin)
-		for end == nil {
-			ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(unix.Stdin), Events: unix.POLLIN}}
-			if _, err := unix.Poll(ready, -1); err != nil {
-				continue // a signal
-			}
-			if ready[0].Revents == 0 {
-				var order string
-				order, end = orders.ReadString('\n')
-				fmt.Print(order) // nobody waits
-				continue
-			}
-			if conn, _, err := unix.Accept4(int(fd), unix.SOCK_CLOEXEC); err == nil {
-				answer(conn)
-				unix.Close(conn)
-			}
+	for {
+		if conn, _, err := unix.Accept4(int(listener.Fd()), unix.SOCK_CLOEXEC); err == nil {
+			answer(conn)
+			unix.Close(conn)
 		}
-	})
-	return errors.Join(err, end)
+	}
 }
 
 // answer reads a request and answers it with the process's number.
