@@ -10,6 +10,8 @@ SHELL      := /bin/bash
 CLANG        := clang-19
 STRIP        := llvm-strip-19
 CLANG_FORMAT := clang-format-19
+# Beside -Wall -Wextra -Werror of the directives.
+WARNINGS     := -Wunused-macros -Wconditional-uninitialized -Wimplicit-fallthrough
 
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 # A go that is too old fetches the one that go.mod asks for.
@@ -26,7 +28,11 @@ TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn
 VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                perl=perl-base unshare=util-linux \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
-LINT_NEEDS  := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
+STYLE_NEEDS := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
+LINT_NEEDS  := $(STYLE_NEEDS) gcc=gcc /usr/include/stdlib.h=libc6-dev
+
+# The packages with goroutines whose tests take seconds; the detector sees no BPF.
+RACE := ./agent ./internal/config ./internal/door ./internal/owner ./internal/watch ./sockets
 
 .PHONY: help
 help: ## list the targets
@@ -46,8 +52,7 @@ demo: ## plain Linux and rpsel side by side, in a network namespace of its own
 .PHONY: test
 test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx, and some under two others
 	@$(call need,$(TEST_NEEDS) $(VM_NEEDS))
-	@$(MAKE) --no-print-directory generated
-	$(GO) vet ./...
+	@$(MAKE) --no-print-directory generated style
 	@if $(GO) run ./test/vm -usable; then \
 		set -x; $(GO) run ./test/vm -set ci -kernels "6.1 6.12" $(VM_FLAGS); \
 		$(GO) test -count=1 -timeout=30m ./...; \
@@ -74,7 +79,7 @@ soak: ## the stress tests and the chaos test for ten minutes each
 .PHONY: generate
 generate: ## compile the C, after a change under bpf/
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) \
-	BPF2GO_CFLAGS="-O2 -g -mcpu=v3 -I/usr/include/$$(uname -m)-linux-gnu" \
+	BPF2GO_CFLAGS="$(WARNINGS) -O2 -g -mcpu=v3 -I/usr/include/$$(uname -m)-linux-gnu" \
 	$(GO) generate ./...
 
 .PHONY: generated
@@ -88,12 +93,18 @@ generated: # fail if the committed objects are not what the C compiles to
 		git status --short bpf >&2; exit 1; \
 	fi
 
-.PHONY: lint
-lint: ## gofmt, vet and clang-format
-	@$(call need,$(LINT_NEEDS))
+.PHONY: style
+style: ## gofmt, clang-format, vet and staticcheck; part of test
+	@$(call need,$(STYLE_NEEDS))
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
-	$(GO) vet ./...
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+.PHONY: lint
+lint: style ## style, and the race detector on packages with goroutines
+	@$(call need,$(LINT_NEEDS))
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout=10m $(RACE)
 
 .PHONY: clean
 clean: ## remove what was built

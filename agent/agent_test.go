@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/agent"
@@ -21,7 +20,7 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // desk is an agent that registers everything in slot 5 and drains nothing.
 type desk struct{}

@@ -8,7 +8,6 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"slices"
-	"sync"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -35,22 +34,18 @@ const (
 	idleNew = 30
 )
 
-// harness is loaded once: the kernel takes longer to verify it than to run it.
-var harness = sync.OnceValues(func() (*HarnessObjects, error) {
-	var o HarnessObjects
-	return &o, LoadHarnessObjects(&o, nil)
-})
-
 func TestMain(m *testing.M) { testnet.Main(m) }
 
+// load loads the harness for as long as the test runs.
 func load(f *testing.F) *HarnessObjects {
 	f.Helper()
 	testnet.Privileged(f)
-	o, err := harness()
-	if err != nil {
+	var o HarnessObjects
+	if err := LoadHarnessObjects(&o, nil); err != nil {
 		f.Fatalf("%+v", err)
 	}
-	return o
+	f.Cleanup(func() { o.Close() })
+	return &o
 }
 
 // run runs a program on a frame and returns io after it.

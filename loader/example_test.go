@@ -19,6 +19,7 @@ func ExampleAttach() {
 		log.Fatal(err)
 	}
 	for i, l := range listeners {
+		defer l.Close()
 		go echo(l, fmt.Sprint("listener ", i))
 	}
 	group, err := loader.Attach(listeners[0], loader.Options{Settle: -1})
@@ -29,6 +30,7 @@ func ExampleAttach() {
 	defer group.Close()
 
 	clients := dial(100, group.Key().Addr)
+	defer hangUp(clients)
 	before := ask(clients)
 	listeners[0].Close()
 	after := ask(clients)
@@ -91,7 +93,9 @@ func ExampleGroup_Flows() {
 	defer loader.DefaultFS.Detach(group.Key())
 	defer group.Close()
 
-	ask(dial(2, group.Key().Addr))
+	clients := dial(2, group.Key().Addr)
+	defer hangUp(clients)
+	ask(clients)
 	for flow, err := range group.Flows() {
 		if err != nil {
 			log.Fatal(err)
@@ -126,6 +130,13 @@ func dial(n int, server netip.AddrPort) []*net.UDPConn {
 		clients = append(clients, c)
 	}
 	return clients
+}
+
+// hangUp closes what dial opened.
+func hangUp(clients []*net.UDPConn) {
+	for _, c := range clients {
+		c.Close()
+	}
 }
 
 // ask sends a datagram from each client and returns who answered.

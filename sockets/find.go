@@ -191,8 +191,8 @@ func (s Socket) Check() error {
 //
 // The list is sorted by key. Find assigns a cookie to each socket it sees,
 // and needs CAP_BPF and CAP_PERFMON (else ErrPermission) and a kernel with
-// BTF (else ErrUnsupported). The iterator it uses stays loaded for the life
-// of the process. It may be called concurrently; calls wait for each other.
+// BTF (else ErrUnsupported). The iterator it uses stays loaded until
+// Unload. It may be called concurrently; calls wait for each other.
 func Find(q Query) ([]Group, error) {
 	theFinder.Lock()
 	defer theFinder.Unlock()

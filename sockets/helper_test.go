@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/internal/testnet"
@@ -25,7 +24,7 @@ func TestMain(m *testing.M) {
 	if do := os.Getenv("RPSEL_TEST_AS"); do != "" {
 		os.Exit(asChild(do))
 	}
-	goleak.VerifyTestMain(m)
+	testnet.Main(m)
 }
 
 // netNS moves the test into a network namespace of its own, whose loopback is

@@ -12,7 +12,7 @@ import (
 	"github.com/rpsel/rpsel/bpf"
 )
 
-// theLister is loaded at the first call and stays.
+// theLister is loaded at the first call and stays until Unload.
 var theLister struct {
 	sync.Mutex
 	objects bpf.NetnsObjects

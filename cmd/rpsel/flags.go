@@ -298,7 +298,7 @@ type addrValue netip.Addr
 func (a *addrValue) Set(text string) error {
 	addr, err := netip.ParseAddr(text)
 	if err != nil || addr.Zone() != "" {
-		return errors.New("use an IPv4 or IPv6 address, such as 0.0.0.0 or ::")
+		return errors.New("use an IPv4 or IPv6 address, such as :: or 0.0.0.0")
 	}
 	*a = addrValue(addr)
 	return nil

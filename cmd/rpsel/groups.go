@@ -158,13 +158,13 @@ func needSlot(slot int, list []loader.Status) error {
 		}
 		return usageError("--slot %d: there are %d groups (%s): choose one with --port, --proto and --addr", slot, len(list), strings.Join(addrs, ", "))
 	}
-	for _, s := range list {
-		if _, ok := listenerIn(s, slot); ok {
-			return nil
-		}
-		return notFound(`%s: slot %d: no such listener: "rpsel status" lists them`, s.Key, slot)
+	if len(list) == 0 {
+		return notFound(`slot %d: nothing is attached: "rpsel status" lists what is`, slot)
 	}
-	return notFound(`slot %d: nothing is attached: "rpsel status" lists what is`, slot)
+	if _, ok := listenerIn(list[0], slot); !ok {
+		return notFound(`%s: slot %d: no such listener: "rpsel status" lists them`, list[0].Key, slot)
+	}
+	return nil
 }
 
 // needPID refuses a process that has no listener in the groups.

@@ -24,7 +24,7 @@ import (
 func TestRunUsage(t *testing.T) {
 	const (
 		port   = `use a number from 1 to 65535: see "rpsel run --help"`
-		addr   = `use an IPv4 or IPv6 address, such as 0.0.0.0 or ::: see "rpsel run --help"`
+		addr   = `use an IPv4 or IPv6 address, such as :: or 0.0.0.0: see "rpsel run --help"`
 		toggle = `use on, off or leave: see "rpsel run --help"`
 	)
 	for _, test := range []struct {

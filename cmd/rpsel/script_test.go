@@ -33,7 +33,7 @@ import (
 
 func TestMain(m *testing.M) {
 	testnet.MaybeServe()
-	testscript.Main(m, map[string]func(){"rpsel": main, "without": without, "only": onlyCmd})
+	testscript.Main(testnet.Checked{M: m}, map[string]func(){"rpsel": main, "without": without, "only": onlyCmd})
 }
 
 // without runs a command without some capabilities: without bpf,perfmon CMD…

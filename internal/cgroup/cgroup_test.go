@@ -19,6 +19,8 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
+func TestMain(m *testing.M) { testnet.Main(m) }
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {

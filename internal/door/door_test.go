@@ -15,7 +15,6 @@ import (
 	"time"
 	"unsafe"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/internal/capability"
@@ -23,7 +22,7 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // desk is a Handler that notes what it is asked for.
 type desk struct {

@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(withServer(m.Run))
+	os.Exit(withServer(testnet.Checked{M: m}.Run))
 }
 
 // withServer builds the server for as long as the tests run.

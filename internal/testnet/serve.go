@@ -31,18 +31,14 @@ type work struct {
 	Inherited bool     // the only socket is descriptor 3
 }
 
-// Main is a TestMain for packages whose tests start servers or Build the command.
+// Main is a TestMain: its package's tests may start servers and Build the command,
+// and must have closed at the end what they opened, see Checked.
 func Main(m *testing.M) {
 	MaybeServe()
 	if _, no := errors.AsType[*Unavailable](privileged()); no && maySkip() {
 		flag.Set("test.skip", "^Example") // an example cannot skip itself
 	}
-	code := m.Run()
-	if err := os.RemoveAll(buildDir); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(Checked{m}.Run())
 }
 
 // MaybeServe turns the process into a server and does not return, if

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -200,5 +201,27 @@ func TestMoved(t *testing.T) {
 		if got := Moved(before, after, c.except...); got != c.want {
 			t.Errorf("Moved except %v = %d, want %d", c.except, got, c.want)
 		}
+	}
+}
+
+// What is left open is named, and so is who still runs.
+func TestLeaks(t *testing.T) {
+	Privileged(t)
+	before, err := descriptors()
+	must(t, err)
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	must(t, err)
+	if err := leaks(before); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("\n%d: anon_inode:bpf-map", m.FD())) {
+		t.Errorf("error %v, want the open map", err)
+	}
+	must(t, m.Close())
+	end := make(chan struct{})
+	go func() { <-end }()
+	if err := leaks(before); err == nil || !strings.Contains(err.Error(), "TestLeaks.func1") {
+		t.Errorf("error %v, want the goroutine", err)
+	}
+	close(end)
+	if err := leaks(before); err != nil {
+		t.Error(err)
 	}
 }

@@ -334,7 +334,6 @@ func TestTwins(t *testing.T) {
 	}
 	var receivers sync.WaitGroup
 	defer receivers.Wait()
-	var group []*listener
 	for slot := range uint32(4) {
 		l := &listener{slot: slot, conn: listen(t, ns, address)}
 		if slot == 0 {
@@ -345,7 +344,6 @@ func TestTwins(t *testing.T) {
 		if err := g.join(slot, l.conn); err != nil {
 			t.Fatal(err)
 		}
-		group = append(group, l)
 		receivers.Go(func() { book.receive(l) })
 		defer l.conn.Close()
 	}
