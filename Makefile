@@ -76,6 +76,26 @@ soak: ## the stress tests and the chaos test for ten minutes each
 	@$(call need,$(TEST_NEEDS))
 	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=60m -p=1 -v ./test/stress ./test/chaos
 
+# A run of all takes five minutes, QUICK=1 one: fewer rounds, and no tables beyond a million flows.
+ROUNDS := $(if $(QUICK),10x,30x)
+SHORT  := $(if $(QUICK),-short,)
+BENCH  := $(GO) test ./test/bench $(SHORT) -timeout=20m -run '^$$'
+
+.PHONY: bench
+bench: ## what everything costs, beside the alternatives: docs/bench, docs/performance.md
+	@$(call root,bench)
+	@$(call need,$(BUILD_NEEDS))
+	@{ $(BENCH) -bench '^Benchmark(FlowCount|Listeners|Families|EndToEnd)$$' -benchtime $(ROUNDS); \
+	$(BENCH) -bench '^Benchmark(Attach|Flows)$$/^(listeners=.*|list|count)$$' -benchtime 5x; \
+	$(BENCH) -bench '^BenchmarkBindToFirstFlow$$/^processes=2000$$/^agent$$' -benchtime $(ROUNDS:x=0x); \
+	} | $(GO) run ./test/bench/report docs/bench docs/performance.md
+
+.PHONY: info
+info: ## what the BPF programs take: instructions, stack, the verifier's work
+	@$(call root,info)
+	@$(call need,$(BUILD_NEEDS))
+	@$(GO) test ./bpf -count=1 -v -run '^TestBudget$$'
+
 .PHONY: generate
 generate: ## compile the C, after a change under bpf/
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) \
@@ -85,19 +105,19 @@ generate: ## compile the C, after a change under bpf/
 .PHONY: generated
 generated: # fail if the committed objects are not what the C compiles to
 	@echo "make: compile the C and compare"
-	@before=$$(cat bpf/*_bpf*.go bpf/*_bpf*.o | sha256sum); \
+	@before=$$(cat {bpf,test/bench}/*_bpf*.{go,o} | sha256sum); \
 	$(MAKE) --no-print-directory -s generate; \
-	after=$$(cat bpf/*_bpf*.go bpf/*_bpf*.o | sha256sum); \
+	after=$$(cat {bpf,test/bench}/*_bpf*.{go,o} | sha256sum); \
 	if [ "$$before" != "$$after" ]; then \
-		echo "make: bpf/ held other objects than its C compiles to: commit the new ones" >&2; \
-		git status --short bpf >&2; exit 1; \
+		echo "make: bpf/ or test/bench/ held other objects than their C compiles to: commit the new ones" >&2; \
+		git status --short bpf test/bench >&2; exit 1; \
 	fi
 
 .PHONY: style
 style: ## gofmt, clang-format, vet and staticcheck; part of test
 	@$(call need,$(STYLE_NEEDS))
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
-	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
+	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h test/bench/*.c
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 

@@ -272,6 +272,46 @@ OWN_FUNCTION __u64 survey(struct bucket *b, struct insertion *in)
 	return best << SURVEY_RANK_SHIFT | used << SURVEY_USED_SHIFT | place;
 }
 
+/*
+ * What most new flows need to know of their buckets is counted without a branch,
+ * which the CPU would guess wrong: how many entries may be the flow's, and how many
+ * are not empty.
+ */
+ALWAYS_INLINE __u64 tagged(struct bucket *b, __u32 tag)
+{
+	__u64 n = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < RPSEL_BUCKET; i++)
+		n += ((__u64)(word_tag(READ_ONCE(b->flows[i].word)) ^ tag) - 1) >> 63;
+	return n;
+}
+
+ALWAYS_INLINE __u64 filled(struct bucket *b)
+{
+	__u64 n = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < RPSEL_BUCKET; i++) {
+		__u64 w = READ_ONCE(b->flows[i].word);
+
+		n += (w | -w) >> 63;
+	}
+	return n;
+}
+
+/* first_empty is the place of an empty entry, or the last. */
+OWN_FUNCTION __u32 first_empty(struct bucket *b)
+{
+	__u32 place = 0;
+
+	if (!b)
+		return 0;
+	while (place < RPSEL_BUCKET - 1 && READ_ONCE(b->flows[place].word))
+		place++;
+	return place;
+}
+
 ALWAYS_INLINE struct flow *place_of(struct bucket *first, struct bucket *second, __u32 place)
 {
 	struct bucket *b = place < RPSEL_BUCKET ? first : second;
@@ -315,6 +355,32 @@ ALWAYS_INLINE void give_up(struct flow *mine, const struct insertion *in)
 }
 
 /*
+ * weigh chooses the place for a flow by all entries of both buckets, and reports
+ * whether there is one.
+ */
+OWN_FUNCTION int weigh(struct bucket *first, struct bucket *second, struct insertion *in)
+{
+	if (!first || !second || !in)
+		return 0;
+
+	__u64 a = survey(first, in), b = survey(second, in);
+	__u32 used_a = a >> SURVEY_USED_SHIFT & 0xff, used_b = b >> SURVEY_USED_SHIFT & 0xff;
+	__u64 rank_a = a >> SURVEY_RANK_SHIFT, rank_b = b >> SURVEY_RANK_SHIFT;
+
+	/*
+	 * A well filled first bucket yields to a second one that is less so. Were it
+	 * to one with any room, three flows in a million would find none in a table
+	 * at three quarters of its capacity; so none of three million does.
+	 */
+	if (rank_a == RANK_VACANT && used_a >= RPSEL_FIRST_BUCKET && rank_b == RANK_VACANT &&
+	    used_b < used_a)
+		rank_a = RANK_NEW;
+	in->place = rank_a <= rank_b ? a & 7 : RPSEL_BUCKET + (b & 7);
+	in->evicted = rank_a > RANK_VACANT && rank_b > RANK_VACANT;
+	return rank_a != RANK_KEEP || rank_b != RANK_KEEP;
+}
+
+/*
  * insert_claim finds room for a flow that is in neither bucket and marks it
  * busy. Room is, in this order: what is empty or expired (in the second bucket
  * only when the first holds RPSEL_FIRST_BUCKET, and more), then the oldest new flow.
@@ -335,22 +401,12 @@ OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struc
 	if (!first || !second || !in)
 		return INSERT_FULL;
 
-	__u64 a = survey(first, in), b = survey(second, in);
-	__u32 used_a = a >> SURVEY_USED_SHIFT & 0xff, used_b = b >> SURVEY_USED_SHIFT & 0xff;
-	__u64 rank_a = a >> SURVEY_RANK_SHIFT, rank_b = b >> SURVEY_RANK_SHIFT;
-
-	/*
-	 * A well filled first bucket yields to a second one that is less so. Were it
-	 * to one with any room, three flows in a million would find none in a table
-	 * at three quarters of its capacity; so none of three million does.
-	 */
-	if (rank_a == RANK_VACANT && used_a >= RPSEL_FIRST_BUCKET && rank_b == RANK_VACANT &&
-	    used_b < used_a)
-		rank_a = RANK_NEW;
-	if (rank_a == RANK_KEEP && rank_b == RANK_KEEP)
+	/* Most often there is plenty of room, and no expired entry of the flow's to take. */
+	if (!(tagged(first, in->tag) + tagged(second, in->tag)) &&
+	    filled(first) < RPSEL_FIRST_BUCKET)
+		in->place = first_empty(first) & (RPSEL_BUCKET - 1);
+	else if (!weigh(first, second, in))
 		return look_again(first, second, in, INSERT_FULL);
-	in->place = rank_a <= rank_b ? a & 7 : RPSEL_BUCKET + (b & 7);
-	in->evicted = rank_a > RANK_VACANT && rank_b > RANK_VACANT;
 
 	/*
 	 * The word is judged anew: what is exchanged is what was judged. A new flow
@@ -370,6 +426,9 @@ OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struc
 		in->over = old;
 	WRITE_ONCE(mine->identity, in->identity);
 
+	/* Nobody but us: most often that is all. */
+	if (tagged(first, in->tag) + tagged(second, in->tag) == 1)
+		return INSERT_CLAIMED;
 	for (__u32 place = 0; place < 2 * RPSEL_BUCKET; place++) {
 		struct flow *f = place_of(first, second, place);
 		__u64 w = READ_ONCE(f->word);

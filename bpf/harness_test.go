@@ -288,7 +288,8 @@ func (tb *table) find(b uint32, identity uint64) int {
 
 // insert gives the flow the best place: its own, a vacant one, that of the
 // oldest new flow. The first bucket is preferred, but for a vacant place only
-// while it has two more, or the second has no more.
+// while it has two more, or the second has no more. An empty place is better than
+// an expired flow's, if the bucket has two more, and no entry has the flow's tag.
 func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32) uint32 {
 	type place struct {
 		bucket uint32
@@ -296,10 +297,16 @@ func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32)
 	}
 	var own, oldest *place
 	var vacant [2][]place
+	var empty []place // of the first bucket
+	tagged := false
 	age := int32(-1 << 31)
 	for n, b := range []uint32{first, second} {
 		for i, f := range tb[b].Flows {
 			w, here := maps.Word(f.Word), place{b, i}
+			tagged = tagged || w.Tag() == uint32(identity&0xffff)
+			if w == 0 && n == 0 {
+				empty = append(empty, here)
+			}
 			switch silent := maps.Age(now, w.Second()); {
 			case w == 0 || expired(w, now):
 				vacant[n] = append(vacant[n], here)
@@ -313,6 +320,8 @@ func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32)
 	}
 	var at place
 	switch {
+	case !tagged && len(empty) > 2:
+		at = empty[0]
 	case own != nil:
 		at = *own
 	case len(vacant[0]) > 2 || len(vacant[0]) > 0 && len(vacant[1]) <= len(vacant[0]):
@@ -357,6 +366,8 @@ func FuzzTable(f *testing.F) {
 		oldest = append(oldest, 0, byte(4+n%4<<6+n/4<<4), 0x80, 0)
 	}
 	f.Add(append(oldest, 0x40, 0, 0, 4, 0, 1))
+	// Six in the first bucket: the seventh, whose tag is another, goes to the second.
+	f.Add([]byte{0, 0x44, 0, 0x54, 0, 0x64, 0, 0x74, 0, 0x84, 0, 0x94, 0, 0xc4})
 	f.Add([]byte{0, 4, 0, 20, 0x85, 0, 0, 20}) // two expire, the second comes back
 	f.Add(sweep)
 	f.Add(flood)

@@ -41,8 +41,8 @@ func (g *Group) SettleAfter(conn syscall.Conn, change func()) (maps.Table, error
 	}
 	change()
 	err = g.settle(conn, p, Options{})
-	settling, _ := g.state.picks.Load()
-	return settling, err
+	settling, _, loadErr := g.state.picks.Load()
+	return settling, errors.Join(err, loadErr)
 }
 
 // Freeze tells the program that a freeze began some seconds ago, or (negative)
@@ -247,7 +247,7 @@ func (g *Group) Entries() (n int, err error) {
 
 // Picked is how many entries of the pick table name a slot.
 func (g *Group) Picked(slot int) (n int) {
-	waiting, after := g.state.picks.Load()
+	waiting, after, _ := g.state.picks.Load()
 	for k := range after {
 		if waiting[k] == uint16(slot) || after[k] == uint16(slot) {
 			n++

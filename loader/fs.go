@@ -260,12 +260,13 @@ func (fs FS) supersedes(key Key, dir string) (bool, error) {
 	if _, err := os.Stat(fs.groupDir(key)); err != nil {
 		return false, nil
 	}
-	program, err := ebpf.LoadPinnedProgram(filepath.Join(dir, programPin), nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil // half made, or half removed
-	}
+	pin := filepath.Join(dir, programPin)
+	program, err := ebpf.LoadPinnedProgram(pin, nil)
 	if err != nil {
-		return false, openError(key, programPin, err)
+		if err = openError(key, pin, err); errors.Is(err, ErrIncompatible) {
+			return false, nil // half made, half removed, or no upgrade's
+		}
+		return false, err
 	}
 	defer program.Close()
 	live, err := liveGroup(key)
@@ -273,12 +274,13 @@ func (fs FS) supersedes(key Key, dir string) (bool, error) {
 		return false, err
 	}
 	if live.Kernel == 0 {
-		socks, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.SelectMapSocks), nil)
-		if errors.Is(err, os.ErrNotExist) {
-			return false, nil
-		}
+		pin := filepath.Join(dir, bpf.SelectMapSocks)
+		socks, err := ebpf.LoadPinnedMap(pin, nil)
 		if err != nil {
-			return false, openError(key, bpf.SelectMapSocks, err)
+			if err = openError(key, pin, err); errors.Is(err, ErrIncompatible) {
+				return false, nil
+			}
+			return false, err
 		}
 		defer socks.Close()
 		n, err := maps.NewSockets(socks).Count()

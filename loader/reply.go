@@ -186,12 +186,13 @@ func (fs FS) strayed(key Key, s *state, r *roll) (found strayed, err error) {
 
 // withLink runs f on a link, unless somebody has removed it meanwhile.
 func (fs FS) withLink(key Key, id uint64, f func(link.Link) error) error {
-	l, err := link.LoadPinnedLink(filepath.Join(fs.groupDir(key), linkPin(id)), nil)
+	path := filepath.Join(fs.groupDir(key), linkPin(id))
+	l, err := link.LoadPinnedLink(path, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return openError(key, linkPin(id), err)
+		return openError(key, path, err)
 	}
 	defer l.Close()
 	return f(l)

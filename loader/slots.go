@@ -91,7 +91,10 @@ func (s *state) look(now uint32) (f findings, r *roll, err error) {
 	}
 	v := s.config.Values()
 	what, _ := s.config.Waiting(now)
-	waiting, after := s.picks.Load()
+	waiting, after, err := s.picks.Load()
+	if err != nil {
+		return f, nil, err
+	}
 	if what == maps.NotWaiting {
 		f.stale = !slices.Equal(waiting, after) || atomic.LoadUint32(&v.Waiting) != uint32(what)
 	}
@@ -360,9 +363,11 @@ func (s *state) deal(now uint32, table maps.Table, joining []uint32, level []uin
 
 	active := s.active(r)
 	present, next := s.weights(r, serving), s.weights(r, s.next(serving, active))
-	waiting, after := s.picks.Load()
+	waiting, after, err := s.picks.Load()
 	if table != nil {
 		waiting, after = slices.Clone(table), table
+	} else if err != nil {
+		return err
 	}
 	n, limit := 0, s.picks.Limit()
 	for _, members := range active {

@@ -274,10 +274,10 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.key.Proto != TCP {
-		spec.Maps[bpf.SelectMapConns].MaxEntries, spec.Maps[bpf.SelectMapMovedConns].MaxEntries = 1, 1
-	} else if err := spec.Variables[bpf.SelectVarTcp].Set(uint32(1)); err != nil {
-		return nil, fmt.Errorf("set %s: %w", bpf.SelectVarTcp, err)
+	if c.key.Proto == TCP {
+		if err := spec.Variables[bpf.SelectVarTcp].Set(uint32(1)); err != nil {
+			return nil, fmt.Errorf("set %s: %w", bpf.SelectVarTcp, err)
+		}
 	}
 	buckets := maps.BucketsFor(int(c.flows))
 	_, prefix := affinityOf(c.fixed)
@@ -319,8 +319,12 @@ func (c constants) spec() (*ebpf.CollectionSpec, error) {
 // specOf describes all maps that a group of a protocol has.
 func specOf(proto Proto, load func() (*ebpf.CollectionSpec, error)) (*ebpf.CollectionSpec, error) {
 	spec, err := load()
-	if err != nil || proto != TCP {
-		return spec, err
+	if err != nil {
+		return nil, err
+	}
+	if proto != TCP {
+		spec.Maps[bpf.SelectMapConns].MaxEntries, spec.Maps[bpf.SelectMapMovedConns].MaxEntries = 1, 1
+		return spec, nil
 	}
 	counting, err := bpf.LoadConns()
 	if err != nil {
@@ -509,7 +513,7 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 		}
 	}()
 	if p.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.SelectMapConfig), nil); err != nil {
-		return nil, openError(key, bpf.SelectMapConfig, err)
+		return nil, openError(key, filepath.Join(dir, bpf.SelectMapConfig), err)
 	}
 	head, err := maps.OpenHead(p.Config)
 	if err != nil {
@@ -518,10 +522,10 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 	p.layout = head.Layout()
 	head.Close()
 	switch {
+	case p.layout == 0 || p.layout > maxLayout:
+		return nil, fmt.Errorf("%s: %w: it has no layout: %w", key, ErrIncompatible, maps.ErrDamaged)
 	case p.layout > maps.ABI:
 		return nil, fmt.Errorf("%s: %w (layout %d, this one speaks %d): use that one", key, ErrNewer, p.layout, maps.ABI)
-	case p.layout == 0:
-		return nil, fmt.Errorf("%s: %w: it has no layout: detach it", key, ErrIncompatible)
 	}
 	_, missing := os.Stat(filepath.Join(dir, countingPin))
 	p.counted = missing == nil
@@ -530,15 +534,18 @@ func openPins(key Key, dir string) (_ *pinned, err error) {
 			continue
 		}
 		if *m, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil); err != nil {
-			return nil, openError(key, name, err)
+			return nil, openError(key, filepath.Join(dir, name), err)
 		}
 	}
 	_, missing = os.Stat(filepath.Join(dir, replyPin))
 	p.replies = missing == nil
 	for name, program := range p.programs() {
 		if *program, err = ebpf.LoadPinnedProgram(filepath.Join(dir, name), nil); err != nil {
-			return nil, openError(key, name, err)
+			return nil, openError(key, filepath.Join(dir, name), err)
 		}
+	}
+	if err := p.checkOwn(); err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", key, ErrIncompatible, err)
 	}
 	return p, nil
 }
@@ -553,34 +560,44 @@ func (p *pinned) state(key Key) (*state, error) {
 	if err != nil {
 		return nil, err
 	}
-	for name, m := range p.maps() {
-		want := spec.Maps[name].Copy()
-		want.MaxEntries = (*m).MaxEntries() // the sizes are the group's own
-		if err := want.Compatible(*m); err != nil {
-			return nil, fmt.Errorf("%s: %w: %s: %v: detach it", key, ErrIncompatible, name, err)
-		}
-	}
-	if p.Picks.MaxEntries() == 0 || uint64(p.Details.MaxEntries()) != uint64(p.SelectMaps.Flows.MaxEntries())*maps.BucketSize {
-		return nil, fmt.Errorf("%s: %w: its maps do not fit each other: detach it", key, ErrIncompatible)
+	if err := p.fits(spec); err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", key, ErrIncompatible, err)
 	}
 	s := &state{pinned: *p}
 	if err := s.view(); err != nil {
 		return nil, err
 	}
-	if confirmOf(s.config.Values()) == ConfirmReply && !s.replies {
-		return nil, errors.Join(openError(key, replyPin, os.ErrNotExist), s.unview())
+	err = p.check(*s.config.Values())
+	if err == nil {
+		err = s.readable()
 	}
-	return s, nil
+	switch {
+	case err != nil:
+		err = fmt.Errorf("%s: %w: %w", key, ErrIncompatible, err)
+	case confirmOf(s.config.Values()) == ConfirmReply && !s.replies:
+		err = openError(key, replyPin, os.ErrNotExist)
+	default:
+		return s, nil
+	}
+	return nil, errors.Join(err, s.unview())
 }
 
-func openError(key Key, name string, err error) error {
+// openError says what it means that a pin could not be opened.
+func openError(key Key, path string, err error) error {
+	var errno unix.Errno
+	name := filepath.Base(path)
+	if info, statErr := os.Lstat(path); statErr == nil && info.IsDir() {
+		err = errors.New("a directory") // the kernel speaks of permission
+	}
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("%s: %w: %s is missing: detach it and attach it again", key, ErrIncompatible, name)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("%s: open %s: %w: run as root", key, name, ErrPermission)
-	default:
+	case errors.As(err, &errno) && errno != unix.ENOTDIR:
 		return fmt.Errorf("%s: open %s: %w", key, name, err)
+	default: // it is something else
+		return fmt.Errorf("%s: %w: open %s: %w: %w", key, ErrIncompatible, name, err, maps.ErrDamaged)
 	}
 }
 

@@ -142,7 +142,7 @@ func (g *Group) status() (Status, error) {
 	}
 	r, err := s.roll()
 	if err != nil {
-		return status, err
+		return status, fmt.Errorf("%s: %w", g.key, err)
 	}
 	if next, left := s.pending(now, s.active(r)); next != 0 {
 		status.Turning = time.Duration(max(1, left-1)) * time.Second

@@ -85,6 +85,9 @@ func (fs FS) upgrade(u *Upgraded, old *pinned, o UpgradeOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := old.check(config); err != nil {
+		return fmt.Errorf("%w: %w", ErrIncompatible, err)
+	}
 	u.FromLayout, u.Layout = int(old.layout), maps.ABI
 	u.FromCapacity, u.Capacity = int(config.Capacity), int(config.Capacity)
 	if o.Flows != 0 {

@@ -142,6 +142,8 @@ func (l *Listeners) Bury(slot uint32) {
 const recordsAtOnce = 64
 
 // Records returns the records of all slots that have one, by slot.
+//
+// Errors: ErrDamaged.
 func (l *Listeners) Records() (map[uint32]Listener, error) {
 	records := make(map[uint32]Listener)
 	slots, values := make([]uint32, recordsAtOnce), make([]Listener, recordsAtOnce)
@@ -152,6 +154,9 @@ func (l *Listeners) Records() (map[uint32]Listener, error) {
 			return nil, fmt.Errorf("read listeners: %w", err)
 		}
 		for i := range n {
+			if slots[i] >= Slots {
+				return nil, fmt.Errorf("a listener is said to be in slot %d: %w", slots[i], ErrDamaged)
+			}
 			records[slots[i]] = values[i]
 		}
 		if err != nil {

@@ -1,12 +1,17 @@
 package maps
 
 import (
+	"errors"
 	"fmt"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
+
+// ErrDamaged: a map holds what neither this package nor the program writes, so somebody
+// else did.
+var ErrDamaged = errors.New("somebody else wrote to it: detach the group, and attach it again")
 
 // mapped is the memory of a BPF_F_MMAPABLE array of T.
 type mapped[T any] struct {

@@ -3,6 +3,7 @@ package maps
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sync/atomic"
@@ -259,15 +260,20 @@ func (p *Picks) entry(k uint32) *uint32 { return &p.pairs.values[k/2].Entries[k%
 
 // Load returns the table in force, as it is while the group waits and as it is
 // after that.
-func (p *Picks) Load() (waiting, after Table) {
+//
+// Errors: ErrDamaged.
+func (p *Picks) Load() (waiting, after Table, err error) {
 	table := atomic.LoadUint64(&p.config.Values().Table)
 	first, size := uint32(table>>32), uint32(table)
+	if size == 0 || uint64(first)+uint64(size) > 2*uint64(p.Limit()) {
+		return nil, nil, fmt.Errorf("the pick table is said to be where there is none: %w", ErrDamaged)
+	}
 	waiting, after = make(Table, size), make(Table, size)
 	for k := range size {
 		e := atomic.LoadUint32(p.entry(first + k))
 		waiting[k], after[k] = uint16(e), uint16(e>>16)
 	}
-	return waiting, after
+	return waiting, after, nil
 }
 
 // Store puts a table of the same size in force, in both its aspects.

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -43,8 +44,34 @@ func (e *env) explain(format string, args ...any) {
 	}
 }
 
+// plain writes what a terminal shows, and nothing that it obeys: the name of a process, or
+// an argument, may be of somebody else than who reads it.
+type plain struct{ w io.Writer }
+
+func (p plain) Write(text []byte) (int, error) {
+	shown := text
+	for i, b := range text {
+		// U+0080 to U+009F are control characters of two bytes.
+		c1 := b == 0xc2 && i+1 < len(text) && text[i+1]&0xe0 == 0x80
+		if c1 || b < ' ' && b != '\n' && b != '\t' || b == 0x7f {
+			if &shown[0] == &text[0] {
+				shown = bytes.Clone(text)
+			}
+			shown[i] = '?'
+			if c1 {
+				shown[i+1] = '?'
+			}
+		}
+	}
+	if _, err := p.w.Write(shown); err != nil {
+		return 0, err
+	}
+	return len(text), nil
+}
+
 // run executes one command line and returns the exit code.
 func run(args []string, e *env) int {
+	e.out, e.err = plain{e.out}, plain{e.err}
 	root := newRootCmd(e)
 	root.SetArgs(args)
 	cmd, err := root.ExecuteC()

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -484,6 +485,50 @@ func TestRecovers(t *testing.T) {
 	}
 }
 
+// writeConfig writes into the configuration of the group on addr.
+func writeConfig(t *testing.T, fs string, ns *testnet.NetNS, at int, data []byte) {
+	t.Helper()
+	config, err := ebpf.LoadPinnedMap(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie()), "udp_7f000001_1194", "config"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer config.Close()
+	value, err := config.LookupBytes(uint32(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(value[at:], data)
+	if err := config.Put(uint32(0), value); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// State that somebody else wrote to, while the agent has it open, is told of; other
+// groups are kept as before, and it is well again after a detach.
+func TestDamagedState(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
+	other := options
+	other.Addr = "127.0.0.2:1194"
+	testnet.StartServer(t, ns, options)
+	testnet.StartServer(t, ns, other)
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`))
+	key := keyOf(ns, loader.UDP, addr)
+	a.awaitListeners(key, 1)
+	writeConfig(t, fs, ns, 0, bytes.Repeat([]byte{0xff}, 8)) // where the pick table is
+	a.awaitSaid("somebody else wrote to it: detach the group")
+	testnet.StartServer(t, ns, options)
+	testnet.StartServer(t, ns, other)
+	a.awaitListeners(keyOf(ns, loader.UDP, other.Addr), 2)
+	if shares := testnet.Shares(testnet.NewClients(t, ns, 100, addr).Ask()); shares[""] != 0 {
+		t.Errorf("answers %v", shares)
+	}
+	if _, err := a.fs.Detach(key); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitListeners(key, 2)
+}
+
 // State of a newer rpsel is told of by name and left alone; other groups are kept
 // as before.
 func TestNewerState(t *testing.T) {
@@ -495,22 +540,7 @@ func TestNewerState(t *testing.T) {
 	testnet.StartServer(t, ns, other)
 	services := service(ns, 1194, `settle = "0s"`)
 	a := start(t, fs, services)
-	setLayout := func(n uint32) {
-		t.Helper()
-		config, err := ebpf.LoadPinnedMap(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie()), "udp_7f000001_1194", "config"), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer config.Close()
-		value, err := config.LookupBytes(uint32(0))
-		if err != nil {
-			t.Fatal(err)
-		}
-		binary.NativeEndian.PutUint32(value[8:], n)
-		if err := config.Put(uint32(0), value); err != nil {
-			t.Fatal(err)
-		}
-	}
+	setLayout := func(n uint32) { writeConfig(t, fs, ns, 8, binary.NativeEndian.AppendUint32(nil, n)) }
 	clients := testnet.NewClients(t, ns, 100, addr)
 	before := clients.Ask()
 	setLayout(3)

@@ -17,12 +17,34 @@ import (
 
 // Wire is a network of TCP clients of whose packets the test decides each: what is
 // not sent stays away, what the kernel sends again is seen. The clients are no
-// sockets; the other end of a tun device of a namespace is this process.
+// sockets; the other end of a tun device of a namespace is this process. Of UDP it
+// takes whole packets.
 type Wire struct {
-	t     testing.TB
-	tun   *os.File
-	mu    sync.Mutex
-	calls map[netip.AddrPort]*Call // by client
+	t         testing.TB
+	tun       *os.File
+	mu        sync.Mutex
+	calls     map[netip.AddrPort]*Call // by client
+	datagrams func(Datagram)           // nil: nobody wants them
+}
+
+// Datagram is one that the namespace sends to a client.
+type Datagram struct {
+	From, To netip.AddrPort
+	Payload  string
+}
+
+// Datagrams makes the wire give what servers send over UDP, one after the other, to f.
+func (w *Wire) Datagrams(f func(Datagram)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.datagrams = f
+}
+
+// Send puts an IP packet onto the wire, whatever is wrong with it. The error is that of
+// a kernel that does not even take it for one.
+func (w *Wire) Send(packet []byte) error {
+	_, err := w.tun.Write(packet)
+	return err
 }
 
 // The addresses of a wire: at .1 is the namespace, all others are clients'.
@@ -114,7 +136,7 @@ func ioctl(fd int, request uint, arg *unix.Ifreq) error {
 
 // read gives what the kernel sends to the calls, until the device is closed.
 func (w *Wire) read() {
-	packet := make([]byte, 4096)
+	packet := make([]byte, 1<<16)
 	for {
 		n, err := w.tun.Read(packet)
 		if err != nil {
@@ -122,7 +144,13 @@ func (w *Wire) read() {
 		}
 		client, s, ok := parse(packet[:n])
 		if !ok {
-			continue // no TCP
+			w.mu.Lock()
+			f := w.datagrams
+			w.mu.Unlock()
+			if d, ok := parseDatagram(packet[:n]); ok && f != nil {
+				f(d)
+			}
+			continue
 		}
 		w.mu.Lock()
 		c := w.calls[client]
@@ -242,6 +270,7 @@ const (
 	headerIPv4 = 20
 	headerIPv6 = 40
 	headerTCP  = 20
+	headerUDP  = 8
 )
 
 // send writes a packet.
@@ -261,7 +290,7 @@ func (c *Call) send(flags byte, payload string) {
 	from, to := c.Client.Addr().AsSlice(), c.server.Addr().AsSlice()
 	pseudo := binary.BigEndian.AppendUint32(append(append([]byte{}, from...), to...), uint32(len(tcp)))
 	pseudo = binary.BigEndian.AppendUint32(pseudo, unix.IPPROTO_TCP)
-	binary.BigEndian.PutUint16(tcp[16:], checksum(append(pseudo, tcp...)))
+	binary.BigEndian.PutUint16(tcp[16:], Checksum(append(pseudo, tcp...)))
 
 	var ip []byte
 	if c.Client.Addr().Is4() {
@@ -270,7 +299,7 @@ func (c *Call) send(flags byte, payload string) {
 		binary.BigEndian.PutUint16(ip[2:], uint16(headerIPv4+len(tcp)))
 		copy(ip[12:], from)
 		copy(ip[16:], to)
-		binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+		binary.BigEndian.PutUint16(ip[10:], Checksum(ip))
 	} else {
 		ip = make([]byte, headerIPv6)
 		ip[0], ip[6], ip[7] = 6<<4, unix.IPPROTO_TCP, 64
@@ -282,8 +311,8 @@ func (c *Call) send(flags byte, payload string) {
 	must(c.wire.t, err)
 }
 
-// checksum is the Internet checksum (RFC 1071).
-func checksum(data []byte) uint16 {
+// Checksum is the Internet checksum (RFC 1071).
+func Checksum(data []byte) uint16 {
 	sum := uint32(0)
 	for i, b := range data {
 		sum += uint32(b) << (8 * (1 - i%2))
@@ -313,4 +342,27 @@ func parse(packet []byte) (client netip.AddrPort, s segment, ok bool) {
 		payload: string(tcp[int(tcp[12]>>4)*4:]),
 	}
 	return netip.AddrPortFrom(to, binary.BigEndian.Uint16(tcp[2:])), s, true
+}
+
+// parseDatagram reads a UDP datagram to a client that is not in fragments.
+func parseDatagram(packet []byte) (d Datagram, ok bool) {
+	var from, to netip.Addr
+	var udp []byte
+	switch {
+	case len(packet) >= headerIPv4+headerUDP && packet[0] == 4<<4|headerIPv4/4 && packet[9] == unix.IPPROTO_UDP:
+		from, _ = netip.AddrFromSlice(packet[12:16])
+		to, _ = netip.AddrFromSlice(packet[16:20])
+		udp = packet[headerIPv4:]
+	case len(packet) >= headerIPv6+headerUDP && packet[0]>>4 == 6 && packet[6] == unix.IPPROTO_UDP:
+		from, _ = netip.AddrFromSlice(packet[8:24])
+		to, _ = netip.AddrFromSlice(packet[24:40])
+		udp = packet[headerIPv6:]
+	default:
+		return d, false
+	}
+	return Datagram{
+		From:    netip.AddrPortFrom(from, binary.BigEndian.Uint16(udp)),
+		To:      netip.AddrPortFrom(to, binary.BigEndian.Uint16(udp[2:])),
+		Payload: string(udp[headerUDP:]),
+	}, true
 }

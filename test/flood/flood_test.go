@@ -50,7 +50,7 @@ type world struct {
 	network string
 	servers []*server
 	book    *ledger
-	legit   *sender
+	legit   *testnet.Spoofer
 	number  uint32 // of the last packets of flows
 	resent  int
 	end     time.Time // of the flood
@@ -94,9 +94,9 @@ func newWorld(t *testing.T, network, address string) *world {
 		book: newLedger(known + unknown + 2*phases*newcomers),
 	}
 	var err error
-	w.legit, err = newSender(w.ns, w.address)
+	w.legit, err = testnet.NewSpoofer(w.ns, w.address)
 	w.must(err)
-	t.Cleanup(w.legit.close)
+	t.Cleanup(w.legit.Close)
 	return w
 }
 
@@ -138,12 +138,12 @@ func (w *world) tell(all ...flows) error {
 					continue
 				}
 				missing++
-				if err := w.legit.put(w.clientOf(flow), uint32(flow), w.number); err != nil {
+				if err := w.legit.Put(w.clientOf(flow), marked(uint32(flow), w.number)); err != nil {
 					return err
 				}
 			}
 		}
-		if err := w.legit.flush(); err != nil {
+		if err := w.legit.Flush(); err != nil {
 			return err
 		}
 		if missing == 0 {
@@ -194,14 +194,14 @@ func (w *world) flood(n uint64, source func(uint64) netip.AddrPort, f func() err
 	var sent, next atomic.Uint64
 	results := make(chan error, runtime.NumCPU())
 	for range runtime.NumCPU() {
-		s, err := newSender(w.ns, w.address)
+		s, err := testnet.NewSpoofer(w.ns, w.address)
 		w.must(err)
 		sending.Go(func() {
-			defer s.close()
+			defer s.Close()
 			for time.Now().Before(w.end) {
-				first := next.Add(batchSize) - batchSize
-				for i := first; i < min(n, first+batchSize); i++ {
-					if err := s.put(source(i), 0, 0); err != nil {
+				first := next.Add(testnet.SpoofedBatch) - testnet.SpoofedBatch
+				for i := first; i < min(n, first+testnet.SpoofedBatch); i++ {
+					if err := s.Put(source(i), [testnet.SpoofedSize]byte{}); err != nil {
 						results <- err
 						return
 					}
@@ -211,7 +211,7 @@ func (w *world) flood(n uint64, source func(uint64) netip.AddrPort, f func() err
 					break
 				}
 			}
-			results <- s.flush()
+			results <- s.Flush()
 		})
 	}
 	over := make(chan struct{})

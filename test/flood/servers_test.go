@@ -16,6 +16,20 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
+// The payload of a packet that counts: this word, the flow's number and the
+// packet's. Packets of the flood have zeros.
+const (
+	mark    = 0x72707365
+	udpSize = 8
+)
+
+func marked(flow, number uint32) (payload [testnet.SpoofedSize]byte) {
+	binary.BigEndian.PutUint32(payload[:], mark)
+	binary.BigEndian.PutUint32(payload[4:], flow)
+	binary.BigEndian.PutUint32(payload[8:], number)
+	return payload
+}
+
 // ledger knows who got the packets of each flow.
 type ledger struct {
 	owner []atomic.Int32  // who got its last packet; 0: nobody yet
@@ -93,7 +107,7 @@ func serve(ns *testnet.NetNS, network, address string, number int, book *ledger)
 			if err != nil {
 				return
 			}
-			if n == payloadSize {
+			if n == testnet.SpoofedSize {
 				book.receive(number, binary.BigEndian.Uint32(packet[4:]), binary.BigEndian.Uint32(packet[8:]))
 			}
 		}

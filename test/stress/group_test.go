@@ -117,7 +117,10 @@ func (g *group) deal(level ...uint16) error {
 	for slot := range g.members {
 		weights[uint16(slot)] = 1
 	}
-	_, table := g.picks.Load()
+	_, table, err := g.picks.Load()
+	if err != nil {
+		return err
+	}
 	table.Deal(weights, level...)
 	slots := slices.Sorted(maps.Keys(weights))
 	other := slices.Clone(table)

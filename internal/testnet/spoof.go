@@ -1,4 +1,4 @@
-package flood
+package testnet
 
 import (
 	"encoding/binary"
@@ -8,28 +8,25 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/rpsel/rpsel/internal/testnet"
 )
-
-// The payload of a packet that counts: this word, the flow's number and the
-// packet's. Packets of the flood have zeros.
-const mark = 0x72707365
 
 const (
-	udpSize     = 8
-	payloadSize = 12
-	batchSize   = 64
+	udpSize = 8
+	// SpoofedSize is the size of a spoofed packet's payload.
+	SpoofedSize = 12
+	// SpoofedBatch is how many packets are sent at a time.
+	SpoofedBatch = 64
 )
 
-// sender writes packets with any source, by a raw socket. It is one goroutine's.
-type sender struct {
+// Spoofer writes UDP packets with any source, by a raw socket. It is one
+// goroutine's.
+type Spoofer struct {
 	fd     int
 	target netip.AddrPort
 	header int // size of the IP header
-	packet [batchSize][]byte
-	iov    [batchSize]unix.Iovec
-	msg    [batchSize]message
+	packet [SpoofedBatch][]byte
+	iov    [SpoofedBatch]unix.Iovec
+	msg    [SpoofedBatch]message
 	n      int // packets that wait in the batch
 }
 
@@ -39,8 +36,10 @@ type message struct {
 	sent   uint32
 }
 
-func newSender(ns *testnet.NetNS, target netip.AddrPort) (*sender, error) {
-	s := &sender{target: target, header: 20}
+// NewSpoofer sends to a target in a namespace, the loopback's or another one that
+// is routed there. The caller closes it.
+func NewSpoofer(ns *NetNS, target netip.AddrPort) (*Spoofer, error) {
+	s := &Spoofer{target: target, header: 20}
 	family, to := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
 	if target.Addr().Is6() {
 		s.header = 40
@@ -61,19 +60,19 @@ func newSender(ns *testnet.NetNS, target netip.AddrPort) (*sender, error) {
 		return nil, err
 	}
 	for i := range s.packet {
-		p := make([]byte, s.header+udpSize+payloadSize)
+		p := make([]byte, s.header+udpSize+SpoofedSize)
 		if s.header == 20 {
 			p[0], p[8], p[9] = 0x45, 64, unix.IPPROTO_UDP
 			binary.BigEndian.PutUint16(p[4:], 1) // or the kernel would look for a number
 			copy(p[16:], target.Addr().AsSlice())
 		} else {
 			p[0], p[6], p[7] = 0x60, unix.IPPROTO_UDP, 64
-			binary.BigEndian.PutUint16(p[4:], udpSize+payloadSize)
+			binary.BigEndian.PutUint16(p[4:], udpSize+SpoofedSize)
 			copy(p[24:], target.Addr().AsSlice())
 		}
 		udp := p[s.header:]
 		binary.BigEndian.PutUint16(udp[2:], target.Port())
-		binary.BigEndian.PutUint16(udp[4:], udpSize+payloadSize)
+		binary.BigEndian.PutUint16(udp[4:], udpSize+SpoofedSize)
 		s.packet[i] = p
 		s.iov[i] = unix.Iovec{Base: &p[0]}
 		s.iov[i].SetLen(len(p))
@@ -83,11 +82,11 @@ func newSender(ns *testnet.NetNS, target netip.AddrPort) (*sender, error) {
 	return s, nil
 }
 
-func (s *sender) close() { unix.Close(s.fd) }
+// Close gives back the socket. What waits in the batch is not sent.
+func (s *Spoofer) Close() { unix.Close(s.fd) }
 
-// put adds a packet to the batch, and sends that when it is full. A packet with
-// the number 0 is one of the flood.
-func (s *sender) put(source netip.AddrPort, flow, number uint32) error {
+// Put adds a packet to the batch, and sends that when it is full.
+func (s *Spoofer) Put(source netip.AddrPort, payload [SpoofedSize]byte) error {
 	p := s.packet[s.n]
 	udp := p[s.header:]
 	if s.header == 20 {
@@ -98,26 +97,19 @@ func (s *sender) put(source netip.AddrPort, flow, number uint32) error {
 		copy(p[8:], from[:])
 	}
 	binary.BigEndian.PutUint16(udp, source.Port())
-	payload := udp[udpSize:]
-	if number == 0 {
-		clear(payload)
-	} else {
-		binary.BigEndian.PutUint32(payload, mark)
-		binary.BigEndian.PutUint32(payload[4:], flow)
-		binary.BigEndian.PutUint32(payload[8:], number)
-	}
+	copy(udp[udpSize:], payload[:])
 	if s.header == 40 { // IPv4 may go without
 		binary.BigEndian.PutUint16(udp[6:], 0)
-		binary.BigEndian.PutUint16(udp[6:], checksum(p))
+		binary.BigEndian.PutUint16(udp[6:], udpChecksum(p))
 	}
-	if s.n++; s.n == batchSize {
-		return s.flush()
+	if s.n++; s.n == SpoofedBatch {
+		return s.Flush()
 	}
 	return nil
 }
 
-// flush sends the batch.
-func (s *sender) flush() error {
+// Flush sends the batch.
+func (s *Spoofer) Flush() error {
 	for first := 0; first < s.n; {
 		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.msg[first])), uintptr(s.n-first), 0, 0, 0)
 		// ENOBUFS is the queue of the loopback: the packet is lost, as on a wire.
@@ -134,9 +126,9 @@ func (s *sender) flush() error {
 	return nil
 }
 
-// checksum is that of the UDP datagram in an IPv6 packet without options (RFC
+// udpChecksum is that of the UDP datagram in an IPv6 packet without options (RFC
 // 8200, section 8.1): over addresses, length and protocol, header and payload.
-func checksum(p []byte) uint16 {
+func udpChecksum(p []byte) uint16 {
 	sum := uint32(len(p)-40) + unix.IPPROTO_UDP
 	for i := 8; i < len(p); i += 2 {
 		sum += uint32(binary.BigEndian.Uint16(p[i:]))

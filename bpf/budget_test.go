@@ -1,0 +1,145 @@
+package bpf_test
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"text/tabwriter"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+
+	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/testnet"
+)
+
+// budget is what a program may take at most. The instructions are the compiler's
+// alone; the verifier's work differs between kernels, which there is room for.
+type budget struct {
+	instructions uint64 // of the program and its functions, whatever the constants
+	stack        uint64 // bytes, of the function that takes most; the limit is 512 of a chain
+	verified     uint64 // instructions the verifier looks at; the limit is a million
+}
+
+var budgets = map[string]budget{
+	bpf.SelectProgRpselSelect: {instructions: 6500, stack: 256, verified: 100_000},
+	bpf.SelectProgRpselReply:  {instructions: 2000, stack: 128, verified: 10_000},
+	bpf.NetnsProgRpselNetns:   {instructions: 100, stack: 64, verified: 200_000}, // a loop, walked in full
+}
+
+// everyOther is the budget of what is on no packet's way.
+var everyOther = budget{instructions: 1000, stack: 256, verified: 5000}
+
+var stackDepth = regexp.MustCompile(`stack depth ([0-9+]+)`)
+
+// TestBudget loads every program, with the constants that make most of it, and
+// fails when one takes more than its budget. "make info" shows what they take.
+func TestBudget(t *testing.T) {
+	testnet.Privileged(t)
+	type values = map[string]any
+	timer := uint32(1)
+	if err := features.HaveProgramHelper(ebpf.SkReuseport, asm.FnTimerInit); err != nil {
+		timer = 0
+	}
+	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	if testing.Verbose() {
+		fmt.Fprintln(table, "PROGRAM\tWITH\tINSTRUCTIONS\tJITED BYTES\tSTACK\tVERIFIED\t")
+		defer table.Flush()
+	}
+	shown := map[string]bool{} // what constants do not change is one row
+	for _, test := range []struct {
+		name   string
+		load   func() (*ebpf.CollectionSpec, error)
+		values values
+	}{
+		{"flow", bpf.LoadSelect, nil},
+		{"flow tcp", bpf.LoadSelect, values{bpf.SelectVarTcp: uint32(1)}},
+		{"flow openvpn", bpf.LoadSelect, values{bpf.SelectVarFirstPackets: uint32(1)}},
+		{"flow reply", bpf.LoadSelect, values{bpf.SelectVarConfirm: uint32(1)}},
+		{"none", bpf.LoadSelect, values{bpf.SelectVarAffinity: uint32(1)}},
+		{"client tcp", bpf.LoadSelect, values{bpf.SelectVarAffinity: uint32(2), bpf.SelectVarTcp: uint32(1)}},
+		{"bytes", bpf.LoadSelect, values{bpf.SelectVarAffinity: uint32(3), bpf.SelectVarKeyOffset: uint32(8), bpf.SelectVarKeyLength: uint32(20)}},
+		{"", bpf.LoadConns, nil},
+		{"", bpf.LoadFind, nil},
+		{"", bpf.LoadBind, nil},
+		{"", bpf.LoadWatch, nil},
+		{"", bpf.LoadNetns, nil},
+	} {
+		spec, err := test.load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := spec.Variables[bpf.SelectVarTimer]; v != nil {
+			if err := v.Set(timer); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for name, value := range test.values {
+			if err := spec.Variables[name].Set(value); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats}})
+		if err != nil {
+			t.Fatalf("%s: %+v", test.name, err)
+		}
+		defer c.Close()
+		programs := make([]string, 0, len(c.Programs))
+		for name := range c.Programs {
+			programs = append(programs, name)
+		}
+		slices.Sort(programs)
+		for _, name := range programs {
+			took, jited := taken(t, spec.Programs[name], c.Programs[name])
+			allowed, ok := budgets[name]
+			if !ok {
+				allowed = everyOther
+			}
+			row := fmt.Sprint(name, took, jited)
+			if testing.Verbose() && !shown[row] {
+				shown[row] = true
+				fmt.Fprintf(table, "%s\t%s\t%d\t%d\t%d\t%d\t\n", name, cmp.Or(test.name, "-"), took.instructions, jited, took.stack, took.verified)
+			}
+			for _, c := range []struct {
+				what      string
+				got, most uint64
+			}{{"has instructions", took.instructions, allowed.instructions}, {"takes bytes of stack", took.stack, allowed.stack}, {"has the verifier look at instructions", took.verified, allowed.verified}} {
+				if c.got > c.most {
+					t.Errorf("%s (%s) %s: %d, at most %d are in its budget", name, test.name, c.what, c.got, c.most)
+				}
+			}
+		}
+	}
+}
+
+// taken is what a loaded program takes, and how many bytes of machine code it has
+// become. What the kernel does not tell is 0.
+func taken(t *testing.T, spec *ebpf.ProgramSpec, program *ebpf.Program) (took budget, jited uint32) {
+	t.Helper()
+	took.instructions = spec.Instructions.Size() / asm.InstructionSize
+	info, err := program.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	verified, _ := info.VerifiedInstructions() // since Linux 5.16
+	took.verified = uint64(verified)
+	jited, _ = info.JitedSize() // not without CAP_SYSLOG, nor where nothing is compiled
+	depths := stackDepth.FindStringSubmatch(program.VerifierLog)
+	if depths == nil {
+		t.Fatalf("the verifier says nothing of the stack: %q", program.VerifierLog)
+	}
+	for depth := range strings.SplitSeq(depths[1], "+") {
+		n, err := strconv.ParseUint(depth, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		took.stack = max(took.stack, n)
+	}
+	return took, jited
+}
