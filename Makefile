@@ -76,7 +76,7 @@ soak: ## the stress tests and the chaos test for ten minutes each
 	@$(call need,$(TEST_NEEDS))
 	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=60m -p=1 -v ./test/stress ./test/chaos
 
-# A run of all takes five minutes, QUICK=1 one: fewer rounds, and no tables beyond a million flows.
+# A run of all takes two to five minutes, QUICK=1 less: fewer rounds, and no tables beyond a million flows.
 ROUNDS := $(if $(QUICK),10x,30x)
 SHORT  := $(if $(QUICK),-short,)
 BENCH  := $(GO) test ./test/bench $(SHORT) -timeout=20m -run '^$$'
@@ -94,7 +94,7 @@ bench: ## what everything costs, beside the alternatives: docs/bench, docs/perfo
 info: ## what the BPF programs take: instructions, stack, the verifier's work
 	@$(call root,info)
 	@$(call need,$(BUILD_NEEDS))
-	@$(GO) test ./bpf -count=1 -v -run '^TestBudget$$'
+	@$(GO) test ./bpf -count=1 -v -run '^TestVerifier$$'
 
 .PHONY: generate
 generate: ## compile the C, after a change under bpf/

@@ -520,11 +520,12 @@ func TestFixed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			conn := member(t, ns) // held from now on, and so in what both looks see
 			before := status(t, g)
 			for i := range c.refusals {
 				c.refusals[i].o.Idle, c.refusals[i].o.Policy = time.Minute, loader.PolicyLeast
 			}
-			refuses(t, fs, member(t, ns), c.refusals...)
+			refuses(t, fs, conn, c.refusals...)
 			after := status(t, g)
 			if now, err := g.ProgramID(); now != id || err != nil {
 				t.Errorf("program %d, %d before, %v", now, id, err)
