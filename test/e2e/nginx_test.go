@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -44,6 +45,13 @@ http {
 		t.Fatal(err)
 	}
 	d := startDaemon(t, ns, "nginx", need(t, "nginx"), "-c", config, "-p", dir)
+	t.Cleanup(func() { // a master that is killed leaves its workers behind
+		d.cmd.Process.Signal(unix.SIGTERM)
+		select {
+		case <-d.ended:
+		case <-time.After(10 * time.Second):
+		}
+	})
 	awaitServer(t, ns, webAddr)
 	return d
 }
