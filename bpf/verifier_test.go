@@ -29,7 +29,7 @@ type budget struct {
 
 var budgets = map[string]budget{
 	bpf.SelectProgRpselSelect: {instructions: 6500, stack: 256, verified: 150_000},
-	bpf.SelectProgRpselReply:  {instructions: 2000, stack: 128, verified: 10_000},
+	bpf.SelectProgRpselReply:  {instructions: 2000, stack: 128, verified: 20_000},
 	bpf.NetnsProgRpselNetns:   {instructions: 100, stack: 64, verified: 200_000}, // a loop, walked in full
 }
 
