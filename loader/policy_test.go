@@ -224,7 +224,8 @@ func TestPolicyAfterFull(t *testing.T) {
 	}
 }
 
-// Each connection goes by the policy.
+// Each connection goes by the policy. With rr the dead one's turns are dealt by
+// chance, 200 of them: 48 connections off are seven standard deviations.
 func TestPolicyTCP(t *testing.T) {
 	const connections = 600
 	for _, policy := range choosing {
@@ -236,7 +237,7 @@ func TestPolicyTCP(t *testing.T) {
 			got := testnet.Shares(testnet.NewTCPClients(t, ns, connections, fleetAddr).Ask())
 			low := connections / 3
 			if policy == loader.PolicyRR {
-				low = connections * 48 / 100
+				low = connections * 42 / 100
 			}
 			if got["s1"]+got[""] != 0 || got["s0"] < low || got["s2"] < low {
 				t.Errorf("connections %v", got)

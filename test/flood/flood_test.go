@@ -339,7 +339,11 @@ func (w *world) run(n uint64, o loader.Options) {
 		w.end = begin.Add(most * time.Duration(phase+1) / phases)
 		before, sent, began := w.status().Counters, w.sent, time.Now()
 		source, orphans := w.spoofed, 0
-		full := func() bool { return w.sent-sent >= least }
+		// Goes on until enough sources are known that fall among the victims: each look at
+		// the table shows but those it holds then.
+		full := func() bool {
+			return w.sent-sent >= least && len(victims.found) >= victims.room(t, buckets)*2/3
+		}
 		switch name {
 		case "collide":
 			crafted := slices.Collect(gomaps.Keys(victims.found))
