@@ -81,6 +81,8 @@ func without() {
 //	moved NAME none|some [SERVER…]  how many moved at the last ask, but for
 //	                             those of these servers' sockets
 //	served NAME none|some SERVER how many a server's socket answered
+//	page NAME [CODE]             run the next script of a page of docs/, which exits
+//	                             with this code; all its scripts have to be run
 //	reading PORT                 wait until another one reads the events of a group
 //	remember                     note bpffs, groups and sockets
 //	unchanged                    they are as noted
@@ -90,7 +92,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
-			w := &world{t: env.T().(testing.TB), servers: map[string]*testnet.Server{}, clients: map[string]*clients{}}
+			w := &world{t: env.T().(testing.TB), servers: map[string]*testnet.Server{}, clients: map[string]*clients{}, pages: map[string]*testnet.Page{}}
 			w.ns = testnet.New(w.t)
 			env.Values[worldKey{}] = w
 			env.Setenv("NETNS", w.ns.Path())
@@ -109,6 +111,7 @@ func TestScripts(t *testing.T) {
 			"ask":       inWorld((*world).ask),
 			"call":      inWorld((*world).call),
 			"moved":     inWorld((*world).moved),
+			"page":      inWorld((*world).page),
 			"served":    inWorld((*world).served),
 			"reading":   inWorld((*world).reading),
 			"remember":  inWorld((*world).remember),
@@ -125,6 +128,7 @@ type world struct {
 	ns      *testnet.NetNS
 	servers map[string]*testnet.Server
 	clients map[string]*clients
+	pages   map[string]*testnet.Page
 	before  []string
 	ring    uint32 // that of the last reader of events
 }
@@ -170,6 +174,17 @@ func inWorld(f func(*world, *testscript.TestScript, []string)) func(*testscript.
 		}
 		f(ts.Value(worldKey{}).(*world), ts, args)
 	}
+}
+
+func (w *world) page(ts *testscript.TestScript, args []string) {
+	if w.pages[args[0]] == nil {
+		w.pages[args[0]] = testnet.OpenPage(w.t, args[0])
+	}
+	code := "0"
+	if len(args) > 1 {
+		code = args[1]
+	}
+	exits(ts, false, []string{code, "sh", "-euc", w.pages[args[0]].Next()})
 }
 
 func exits(ts *testscript.TestScript, _ bool, args []string) {

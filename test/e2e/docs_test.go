@@ -1,10 +1,11 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -18,18 +19,8 @@ import (
 // The commands of docs/tcp.md, as they stand.
 func TestTCPDocs(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("../../docs/tcp.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var scripts []string
-	for _, m := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
-		scripts = append(scripts, m[1])
-	}
-	if len(scripts) != 5 {
-		t.Fatalf("docs/tcp.md has %d scripts, the test knows 5", len(scripts))
-	}
-	reload, drained, stop, slots, policy := scripts[0], scripts[1], scripts[2], scripts[3], scripts[4]
+	page := testnet.OpenPage(t, "tcp.md")
+	reload, drained, stop, slots, policy := page.Next(), page.Next(), page.Next(), page.Next(), page.Next()
 
 	t.Run("haproxy", func(t *testing.T) {
 		d := newDocs(t)
@@ -42,11 +33,11 @@ func TestTCPDocs(t *testing.T) {
 		need(t, "haproxy")
 		d.run("haproxy -D -f haproxy.cfg -p haproxy.pid\n")
 		for _, script := range []string{reload, drained} {
-			old := d.daemonPID()
+			old := d.daemonPID("haproxy.pid")
 			d.awaitListeners(old.pid, shards)
 			d.run(script)
 			old.awaitEnd(t)
-			if d.daemonPID().pid == old.pid {
+			if d.daemonPID("haproxy.pid").pid == old.pid {
 				t.Errorf("process %d was not replaced", old.pid)
 			}
 			awaitServer(t, d.ns, webAddr)
@@ -88,6 +79,55 @@ func TestTCPDocs(t *testing.T) {
 	})
 }
 
+// The commands of docs/openvpn.md: a busy server becomes one of eight, and whoever is
+// on none that dies or is stopped loses nothing.
+func TestOpenVPNDocs(t *testing.T) {
+	t.Parallel()
+	v := newVPN(t)
+	d := &docs{newRpsel(t, v.servers, vpnPort), v.dir}
+	defer d.explain()
+	page := testnet.OpenPage(t, "openvpn.md")
+	first := startDaemon(t, v.servers, "first", v.openvpn, "--config", v.config("1", v.serverConfig(1)))
+	first.await(t, vpnUp)
+	old := v.connect(4)
+
+	from := v.round()
+	d.run(page.Next()) // before
+	d.run(page.Next()) // adopt
+	d.run(page.Next()) // the other seven
+	var second process
+	for n := 2; n <= 8; n++ {
+		server := d.daemonPID(fmt.Sprint(n, ".pid"))
+		d.awaitActive(server.pid)
+		if n == 2 {
+			second = server
+		}
+	}
+	d.run(page.Next()) // status
+	clients := v.connect(8)
+	if len(on(clients, 1)) == len(clients) {
+		t.Error("the first server has all new clients")
+	}
+	clients = append(clients, old...)
+	d.run(page.Next()) // drain and resume
+
+	stop := v.round()
+	v.finish(stop)
+	v.lostNone("while one became eight", old, from, stop)
+	d.run(page.Next()) // the second is replaced
+	second.awaitEnd(t)
+	others := slices.DeleteFunc(clients, func(c *client) bool { return c.first == 2 })
+	crash := v.round() + quiet
+	v.finish(crash - 1)
+	v.lostNone("after one was stopped", others, stop, crash)
+	first.kill()
+	others = slices.DeleteFunc(others, func(c *client) bool { return c.first == 1 })
+	end := crash + quiet
+	v.finish(end - 1)
+	v.lostNone("after the first crashed", others, crash, end)
+	d.run(page.Next()) // detach
+}
+
 // docs is a place in which scripts of the documentation run.
 type docs struct {
 	*rpsel
@@ -125,10 +165,10 @@ type process struct {
 	pid, fd int
 }
 
-// daemonPID is the process in haproxy.pid. It is killed when the test ends.
-func (d *docs) daemonPID() process {
+// daemonPID is the process in a file. It is killed when the test ends.
+func (d *docs) daemonPID(file string) process {
 	d.t.Helper()
-	text, err := os.ReadFile(filepath.Join(d.dir, "haproxy.pid"))
+	text, err := os.ReadFile(filepath.Join(d.dir, file))
 	if err != nil {
 		d.t.Fatal(err)
 	}
