@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,7 +39,10 @@ func anyAddress(t testing.TB, ns *testnet.NetNS) {
 	}
 }
 
-// from makes a socket of an address, and a port the kernel chooses, connected to
+// ports counts those that were given out by from. The kernel would choose one twice.
+var ports atomic.Uint32
+
+// from makes a socket of an address, and a port that none had before it, connected to
 // a server.
 func from(host, remote string) (fd int, err error) {
 	to := netip.MustParseAddrPort(remote)
@@ -60,10 +64,10 @@ func from(host, remote string) (fd int, err error) {
 		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1)
 	}
 	if err == nil {
-		err = unix.Bind(fd, name(netip.AddrPortFrom(local, 0)))
+		err = unix.Bind(fd, name(netip.AddrPortFrom(local, uint16(20000+ports.Add(1)%40000))))
 	}
 	if err == nil {
-		err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 3})
+		err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 30})
 	}
 	if err == nil {
 		err = unix.Connect(fd, name(to))
@@ -122,7 +126,7 @@ func address(remote string, n, h int) string {
 // of a network, have one listener, whoever leaves and joins. Affinity flow is
 // the control, that sees them apart.
 func TestAffinityClient(t *testing.T) {
-	const networks, hosts, ports = 24, 3, 3
+	const networks, hosts, ports = 100, 2, 2
 	for _, c := range []struct {
 		affinity loader.Affinity
 		prefix   loader.ClientPrefix
@@ -291,19 +295,20 @@ func TestAffinityBytes(t *testing.T) {
 
 				// A byte short: the port counts, and the answer stays.
 				var answers []string
-				short := make([]byte, 8)
+				const short = 60
+				packet := make([]byte, 8)
 				err := ns.Do(func() error {
-					for range 40 {
+					for range short {
 						fd, err := from(address(remote, 1, 1), remote)
 						if err != nil {
 							return err
 						}
 						defer unix.Close(fd)
-						first, err := question(fd, short)
+						first, err := question(fd, packet)
 						if err != nil {
 							return err
 						}
-						second, err := question(fd, short[:4])
+						second, err := question(fd, packet[:4])
 						if err != nil || second != first {
 							return fmt.Errorf("%s, then %s: %w", first, second, err)
 						}
@@ -311,7 +316,7 @@ func TestAffinityBytes(t *testing.T) {
 					}
 					return nil
 				})
-				if s := status(t, g); err != nil || len(testnet.Shares(answers)) != 3 || s.Tracked != sessions+40 || s.Counters.ParseError != 0 {
+				if s := status(t, g); err != nil || len(testnet.Shares(answers)) != 3 || s.Tracked != sessions+short || s.Counters.ParseError != 0 {
 					t.Errorf("short packets: %v, shares %v, status %+v", err, testnet.Shares(answers), s)
 				}
 			})

@@ -157,7 +157,7 @@ func each(t *testing.T, test func(t *testing.T, o loader.Options, network, liste
 		for j, affinity := range allAffinities {
 			c := cases[(i+j)%len(cases)]
 			t.Run(fmt.Sprintf("%s %s %s from %s", policy, affinity, c.listen, c.remote), func(t *testing.T) {
-				test(t, loader.Options{Flows: 1000, Settle: -1, Policy: policy, Affinity: affinity}, c.network, c.listen, c.remote)
+				test(t, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour, Policy: policy, Affinity: affinity}, c.network, c.listen, c.remote)
 			})
 		}
 	}
@@ -315,14 +315,14 @@ func countMigrated(t *testing.T, o loader.Options, network, addr string) {
 		t.Fatal(err)
 	}
 	// The first that any wait in.
-	for _, l := range listeners {
+	for i, l := range listeners {
 		cookie, err := sockets.Cookie(l)
 		if err != nil {
 			t.Fatal(err)
 		}
 		its := status(t, g).Listeners[slots[cookie]]
 		if want.Migrated = its.Untracked + its.New + its.Hit; want.Migrated != 0 {
-			l.Close()
+			(&tcpd{t: t, ns: ns, addr: addr, listeners: listeners}).close(i)
 			break
 		}
 	}
@@ -336,7 +336,7 @@ func countMigrated(t *testing.T, o loader.Options, network, addr string) {
 func TestFlowRules(t *testing.T) {
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	servers := testnet.StartGroup(t, ns, 3, udpServer)
-	g := attach(t, fs, ns, loader.Options{})
+	g := attach(t, fs, ns, loader.Options{IdleNew: time.Hour})
 	type rule struct{ Settling, Earlier, Rehomed bool }
 	rules := func() map[rule]int {
 		t.Helper()

@@ -62,7 +62,7 @@ func watch(t *testing.T, g *loader.Group, stuck <-chan struct{}) *watcher {
 // them.
 func (w *watcher) await(n int) []loader.Event {
 	w.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		w.mu.Lock()
 		events := w.events
 		if len(events) >= n {
@@ -131,17 +131,20 @@ func TestWatch(t *testing.T) {
 		{name: "affinity bytes", options: loader.Options{Affinity: tooShort}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.noTimer {
-				defer loader.NoTimer()()
-			}
 			old, young := 50, 100 // flows
 			if c.options.Affinity == loader.AffinityClient {
 				old, young = 1, 1
 			}
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp6", Addr: "[::]:1194", ReusePort: true})
-			c.options.Flows, c.options.Settle, c.options.IdleNew = 1000, -1, 3*time.Second
+			c.options.Flows, c.options.Settle, c.options.IdleNew = 1000, -1, time.Hour
+			restore := func() {}
+			if c.noTimer {
+				restore = loader.NoTimer()
+			}
 			g := attach(t, fs, ns, c.options)
+			restore()
+			t.Parallel()
 			testnet.NewClients(t, ns, 50, "[::1]:1194").Ask() // before anybody reads
 			w := watch(t, g, nil)
 
@@ -161,6 +164,7 @@ func TestWatch(t *testing.T) {
 				events = append(events, w.await(0)...)
 			}
 			// The flows of before are not heard of again.
+			g.ExpireAfter(1, 3600)
 			for got := 0; got < old; got = kinds(events)[loader.EventExpire] {
 				clients.Ask()
 				events = append(events, w.await(0)...)
@@ -168,6 +172,7 @@ func TestWatch(t *testing.T) {
 			if diff := cmp.Diff(map[loader.EventKind]int{loader.EventEstablished: young, loader.EventExpire: old}, kinds(events)); diff != "" {
 				t.Error(diff)
 			}
+			g.ExpireAfter(3600, 3600)
 
 			dead := 1
 			if young == 1 {

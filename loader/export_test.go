@@ -175,7 +175,10 @@ func NoTracing() (restore func()) {
 	return func() { attachTracing = link.AttachTracing }
 }
 
-func init() { sweepPause = 0 }
+func init() {
+	sweepPause = 0
+	lockPatience = time.Minute // flock(2) is not fair, and a machine may be slow
+}
 
 // OtherProgram makes attaching load a program that differs from this binary's
 // by an instruction that does nothing, until the returned function is called.
@@ -343,6 +346,12 @@ func (g *Group) eachPeer(f func(bpf.SelectPeer, maps.Word) error) error {
 		}
 	}
 	return entries.Err()
+}
+
+// ExpireAfter says for how many seconds new and established flows may be silent, and
+// looks after nothing else.
+func (g *Group) ExpireAfter(fresh, established uint32) {
+	g.state.config.SetLimits(maps.Limits{New: fresh, Established: established})
 }
 
 // HadRoom makes the program forget that flows found no room.

@@ -57,7 +57,7 @@ func newV4Lab(t *testing.T, listeners int, o loader.Options) *vpnLab {
 	return newVPNLab(t, "udp4", "127.0.0.1:1194", "127.0.0.1:1194", listeners, o)
 }
 
-var withFirst = loader.Options{Settle: -1, First: loader.FirstOpenVPN}
+var withFirst = loader.Options{Settle: -1, IdleNew: time.Hour, First: loader.FirstOpenVPN}
 
 func (l *vpnLab) must(err error) {
 	l.t.Helper()
@@ -99,7 +99,7 @@ func (l *vpnLab) float(i int) string {
 // many clients are known as want says, with the property.
 func (l *vpnLab) dataUntil(sessions []session, peer func(i int) int, what string, done func(map[string]loader.Peer) bool) {
 	l.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		for i, s := range sessions {
 			if got := l.ask(s, data(peer(i))); got != s.first {
 				l.t.Fatalf("client %d: %s answers, after %s", i, got, s.first)
@@ -186,7 +186,7 @@ func TestFirstPackets(t *testing.T) {
 					if first == "" && shares["s2"] != 0 {
 						t.Errorf("opcode %d: shares %v, want none for the joiner", opcode, shares)
 					}
-					if first != "" && min(shares["s0"], shares["s1"], shares["s2"]) < n/6 {
+					if first != "" && min(shares["s0"], shares["s1"], shares["s2"]) < n/12 {
 						t.Errorf("opcode %d: shares %v", opcode, shares)
 					}
 					sessions = append(sessions, some...)
@@ -228,6 +228,7 @@ func TestFirstPackets(t *testing.T) {
 // What the kernel had it keeps: the hint is for flows that open a session, not for
 // those of before the attach.
 func TestFirstMovesNothing(t *testing.T) {
+	t.Parallel()
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 3, udpServer)
 	l := &vpnLab{t: t, ns: ns, fs: fs, remote: "127.0.0.1:1194"}
@@ -288,9 +289,10 @@ func TestFirstTableFull(t *testing.T) {
 func TestFloat(t *testing.T) {
 	const n = 60
 	for _, c := range append(cases[1:2:2], cases[3:]...) {
-		for _, o := range []loader.Options{withFirst, {Settle: -1, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, noSettle} {
+		for _, o := range []loader.Options{withFirst, {Settle: -1, IdleNew: time.Hour, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, noSettle} {
 			t.Run(fmt.Sprintf("%s from %s, first %s, confirm %s", c.listen, c.remote, o.First, o.Confirm), func(t *testing.T) {
 				l := newVPNLab(t, c.network, c.listen, c.remote, 3, o)
+				t.Parallel()
 				if o.First == "" {
 					moved := 0
 					for i := range n {
@@ -298,7 +300,7 @@ func TestFloat(t *testing.T) {
 							moved++
 						}
 					}
-					if peers, err := l.g.Peers(); moved < n/3 || err != nil || len(peers) != 0 {
+					if peers, err := l.g.Peers(); moved < n/4 || err != nil || len(peers) != 0 {
 						t.Errorf("%d of %d have another listener, peers %v, %v", moved, n, peers, err)
 					}
 					return
@@ -307,7 +309,6 @@ func TestFloat(t *testing.T) {
 				before := status(t, l.g).Counters
 				for round := range 3 {
 					if round == 1 {
-						defer loader.OtherProgram()()
 						u, err := l.fs.Upgrade(l.g.Key(), loader.UpgradeOptions{})
 						if err != nil || !u.Program || len(u.Made) != 0 {
 							t.Fatalf("%+v, %v", u, err)
@@ -364,13 +365,14 @@ func TestFloat(t *testing.T) {
 							followed++
 						}
 					}
-					if followed > n*2/3 {
+					if followed > n*3/4 {
 						t.Errorf("%s: %d of %d went where the client was", what, followed, n)
 					}
 				}
 			})
 		}
 	}
+	t.Cleanup(loader.OtherProgram()) // for the upgrades: all have attached
 }
 
 // With confirm reply nobody is known by a number whom the server does not answer,
@@ -379,6 +381,7 @@ func TestFloatUnanswered(t *testing.T) {
 	const n = 10
 	for confirm, want := range map[loader.Confirm]int{loader.ConfirmReply: 0, loader.ConfirmClient: n} {
 		t.Run(string(confirm), func(t *testing.T) {
+			t.Parallel()
 			l := newV4Lab(t, 1, loader.Options{Settle: -1, First: loader.FirstOpenVPN, Confirm: confirm})
 			l.must(unix.Kill(l.servers.PID(), unix.SIGSTOP)) // it is killed in the end
 			var clients []int
@@ -410,6 +413,7 @@ func TestFloatUnanswered(t *testing.T) {
 // told apart: what comes from a third port is served as any new flow, as long as both are
 // heard of, and until one of the two has been silent for as long as a flow may be.
 func TestFloatAmbiguous(t *testing.T) {
+	t.Parallel()
 	const n, ports = 8, 12
 	l := newV4Lab(t, 3, withFirst)
 	var first, second []session
@@ -447,7 +451,7 @@ func TestFloatAmbiguous(t *testing.T) {
 		t.Errorf("%d of %d follow one of two", f, n*ports)
 	}
 	const idle = uint32(loader.DefaultIdle / time.Second)
-	l.must(l.g.AgePeers(idle - 20))
+	l.must(l.g.AgePeers(idle - 60))
 	l.dataUntil(both, func(i int) int { return own(i % n) }, "ambiguous as before", func(peers map[string]loader.Peer) bool {
 		for _, p := range peers {
 			if p.Heard > 100 {
@@ -456,7 +460,7 @@ func TestFloatAmbiguous(t *testing.T) {
 		}
 		return ambiguous(true)(peers)
 	})
-	l.must(l.g.AgePeers(60))
+	l.must(l.g.AgePeers(100))
 	if f := followed(); f > n*ports*2/3 {
 		t.Errorf("%d of %d follow one of two, though both send", f, n*ports)
 	}
@@ -491,6 +495,7 @@ func TestFloatAmbiguous(t *testing.T) {
 // Where a client was long ago says nothing, and a listener that is gone serves
 // nobody: its clients are balanced, and found again where they were moved to.
 func TestFloatGone(t *testing.T) {
+	t.Parallel()
 	const n = 60
 	l := newV4Lab(t, 3, withFirst)
 	sessions := l.clients(n)
@@ -572,6 +577,7 @@ func TestFloatGone(t *testing.T) {
 // A client whose listener dies while it gets another port is known by the new one: the
 // dead one's word does not make it ambiguous, though nobody else has found it dead.
 func TestFloatOrphan(t *testing.T) {
+	t.Parallel()
 	l := newV4Lab(t, 8, withFirst)
 	sessions := l.clients(1)
 	var dead int
@@ -601,6 +607,7 @@ func TestFloatOrphan(t *testing.T) {
 // else's number must not move: a float is served as any other, the same each time, and
 // also once there is room again.
 func TestFloatTableFull(t *testing.T) {
+	t.Parallel()
 	const n = 40
 	l := newV4Lab(t, 3, loader.Options{Flows: 64, Settle: -1, First: loader.FirstOpenVPN})
 	sessions := l.clients(n)
@@ -622,7 +629,7 @@ func TestFloatTableFull(t *testing.T) {
 		}
 	}
 	c := status(t, l.g).Counters
-	if followed > n*2/3 || c.Untracked != before.Untracked+3*n || c.TableFull != before.TableFull+3*n {
+	if followed > n*4/5 || c.Untracked != before.Untracked+3*n || c.TableFull != before.TableFull+3*n {
 		t.Errorf("%d of %d follow, counters %+v, then %+v", followed, n, before, c)
 	}
 	l.must(l.g.Fill(2*64, maps.Empty))
@@ -639,6 +646,7 @@ func TestFloatTableFull(t *testing.T) {
 // A table of another size: what flows are told to have their listener by stays; the
 // numbers are forgotten if fewer are kept, and come back with the clients' data.
 func TestFloatUpgradeFlows(t *testing.T) {
+	t.Parallel()
 	const n = 30
 	l := newV4Lab(t, 3, withFirst)
 	sessions := l.clients(n)
@@ -669,25 +677,27 @@ func TestFloatUpgradeFlows(t *testing.T) {
 			}
 		}
 		_, err = l.g.Flush(func(f loader.Flow) bool {
-			return !slices.ContainsFunc(sessions, func(s session) bool { return f.Client.Port() == port(t, s) })
+			return !slices.ContainsFunc(sessions, func(s session) bool { return f.Client == client(t, s) })
 		})
 		l.must(err)
 		l.dataUntil(sessions, own, "known", func(peers map[string]loader.Peer) bool { return len(peers) == n })
 	}
 }
 
-// port is a session's.
-func port(t *testing.T, s session) uint16 {
+// client is a session's address and port.
+func client(t *testing.T, s session) netip.AddrPort {
 	t.Helper()
 	name, err := unix.Getsockname(s.fd)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return uint16(name.(*unix.SockaddrInet4).Port)
+	v4 := name.(*unix.SockaddrInet4)
+	return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), uint16(v4.Port))
 }
 
 // What is flushed is forgotten: such a client is no float.
 func TestFloatFlushed(t *testing.T) {
+	t.Parallel()
 	l := newV4Lab(t, 3, withFirst)
 	sessions := l.clients(40)
 	one := netip.MustParseAddr(l.host(7))
@@ -705,7 +715,7 @@ func TestFloatFlushed(t *testing.T) {
 			followed++
 		}
 	}
-	if followed > 40*2/3 {
+	if followed > 40*4/5 {
 		t.Errorf("%d of 40 follow a flow that was flushed", followed)
 	}
 }

@@ -81,13 +81,15 @@ func TestHouse(t *testing.T) {
 		{"timer, IPv6", true, testnet.ServerOptions{Network: "udp6", Addr: "[::]:1194", ReusePort: true}, "[::1]:1194"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			timer := c.timer
+			timer, restore := c.timer, func() {}
 			if !timer {
-				defer loader.NoTimer()()
+				restore = loader.NoTimer()
 			}
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, 4, c.servers)
-			g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Second, Idle: time.Second})
+			g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour})
+			restore()
+			t.Parallel()
 			key := g.Key()
 			id, err := g.ProgramID()
 			if err != nil {
@@ -105,6 +107,7 @@ func TestHouse(t *testing.T) {
 			}
 			tracked := 0
 			await(t, fs, key, "flows expire", func(g *loader.Group) bool {
+				g.ExpireAfter(1, 1)
 				if tracked, _, err = g.CountFlows(); err != nil {
 					t.Fatal(err)
 				}
@@ -189,6 +192,7 @@ func TestHouseUpgrade(t *testing.T) {
 	if err != nil || u.UpToDate || !u.Program || len(u.Made) != 0 {
 		t.Fatalf("upgraded %+v, %v", u, err)
 	}
+	t.Parallel()
 	freed(t, id)
 	kept := func(g *loader.Group) bool {
 		kept, err := g.Kept()

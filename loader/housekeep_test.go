@@ -20,10 +20,12 @@ import (
 // they are. The control is a table that is frozen, where nothing may be removed.
 // All that is where the program has no timer to do it itself.
 func TestHousekeepForgets(t *testing.T) {
-	defer loader.NoTimer()()
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 3, udpServer)
-	g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: 3 * time.Second})
+	restore := loader.NoTimer()
+	g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour})
+	restore()
+	t.Parallel()
 	count := func() (tracked, established int) {
 		t.Helper()
 		tracked, established, err := g.CountFlows()
@@ -38,6 +40,7 @@ func TestHousekeepForgets(t *testing.T) {
 		talking.Ask()
 	}
 	testnet.NewClients(t, ns, 300, fleetAddr).Ask()
+	attach(t, fs, ns, loader.Options{IdleNew: 3 * time.Second})
 	for tracked, _ := count(); tracked > 100; tracked, _ = count() {
 		time.Sleep(20 * time.Millisecond)
 	}

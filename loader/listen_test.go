@@ -100,7 +100,7 @@ func TestListenAgainAlone(t *testing.T) {
 // A client whose listener ended listening for a moment, in which the client opened
 // nothing, has it still.
 func TestListenAgainAffinity(t *testing.T) {
-	const hosts = 20
+	const hosts = 60
 	f := families[0]
 	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	a := testnet.StartServer(t, ns, f.options("a"))

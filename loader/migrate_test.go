@@ -118,7 +118,7 @@ func listenerOf(t *testing.T, g *loader.Group, s *testnet.Server) loader.Listene
 // migrated waits until so many runs of the program were for migrating connections.
 func migrated(t *testing.T, g *loader.Group, n uint64) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		got := status(t, g).Counters.Migrated
 		if got == n {
 			return
@@ -177,7 +177,7 @@ func TestMigration(t *testing.T) {
 					}
 				}
 				counted{t, ns, g}.check("ended", loader.Counters{Untracked: 4 * n, Migrated: had}, 0)
-				if had < n/2 {
+				if had < n/4 {
 					t.Errorf("a had %d of %d", had, 4*n)
 				}
 			})
@@ -188,7 +188,7 @@ func TestMigration(t *testing.T) {
 // Without rpsel they are lost on each of these ways: on plain Linux, after a
 // detach, and with a program that is not asked about connections that migrate.
 func TestMigrationControl(t *testing.T) {
-	const n = 32
+	const n = 64
 	type control struct {
 		name string
 		make func(*testing.T, *testnet.NetNS)
@@ -296,9 +296,9 @@ func TestMigrationPolicies(t *testing.T) {
 		loader.PolicyRR: true, loader.PolicyRandom: true,
 	} {
 		t.Run(policy.String(), func(t *testing.T) {
-			prepare := third
+			prepare, n := third, 3*n
 			if !weighed {
-				prepare = nil
+				prepare, n = nil, n/3
 			}
 			got := hold(t, n, loader.Options{Policy: policy, Settle: -1}, prepare).check(t)
 			if weighed && (10*got["c"] < 13*got["b"] || got["c"] > 7*got["b"]) {
@@ -403,7 +403,7 @@ func TestMigrationNewest(t *testing.T) {
 // those that it opens next: they go by its flow. Without affinity, the control, they
 // are scattered. A prefix makes one client of all hosts.
 func TestMigrationAffinity(t *testing.T) {
-	const hosts, each = 12, 6
+	const hosts, each = 24, 6
 	client := loader.Options{Affinity: loader.AffinityClient, Settle: -1}
 	prefix := client
 	prefix.ClientPrefix = loader.ClientPrefix{V4: 24, V6: 64}
@@ -610,12 +610,23 @@ func TestMigrationUnderLoad(t *testing.T) {
 					}
 				})
 			}
-			for i := range rounds {
+			// What is to be seen comes within some rounds; on a slow machine it may take more.
+			seen := func() bool {
+				if attached {
+					return status(t, g).Counters.Migrated > 0
+				}
+				return lost.Load() > 0
+			}
+			for i := 0; i < rounds || !seen() && i < 20*rounds; i++ {
 				servers.Add()
 				if attached {
 					attach(t, fs, ns, loader.Options{})
 				}
 				servers.Close(i)
+			}
+			// Who sleeps with a connection that came by the last close is woken by the next ones.
+			for want, deadline := served.Load()+20*callers, time.Now().Add(time.Minute); served.Load() < want && time.Now().Before(deadline); {
+				time.Sleep(time.Millisecond)
 			}
 			close(stop)
 			done.Wait()
@@ -625,11 +636,9 @@ func TestMigrationUnderLoad(t *testing.T) {
 				if lost.Load()*1000 > served.Load() {
 					t.Errorf("%d lost", lost.Load())
 				}
-				if status(t, g).Counters.Migrated == 0 {
-					t.Error("none migrated")
-				}
-			} else if lost.Load() == 0 {
-				t.Error("none is lost without rpsel")
+			}
+			if !seen() {
+				t.Error(map[bool]string{true: "none migrated", false: "none is lost without rpsel"}[attached])
 			}
 		})
 	}
@@ -645,8 +654,8 @@ func callOnce() (string, error) {
 	defer unix.Close(fd)
 	// Closing resets the connection, so that ports do not run out.
 	err = errors.Join(unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 10}))
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 30}),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 30}))
 	if err != nil {
 		return "", err
 	}

@@ -71,6 +71,7 @@ func TestPackets(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			await(t, fs, g.Key(), "all packets", func(*loader.Group) bool { return status(t, g).Counters.Runs >= 3 })
 			s := status(t, g)
 			if s.Counters != (loader.Counters{Runs: 3, New: 1, Hit: 2}) {
 				t.Errorf("counters %+v", s.Counters)

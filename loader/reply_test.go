@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -149,19 +150,24 @@ func TestReplyTableFull(t *testing.T) {
 			dir := inCgroup(t)
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Cgroup: dir})
-			g := attach(t, fs, ns, loader.Options{Flows: 64, Settle: -1, Confirm: confirm})
-			answered := testnet.NewClients(t, ns, 40, "127.0.0.1:1194")
+			g := attach(t, fs, ns, loader.Options{Flows: 128, Settle: -1, Confirm: confirm})
+			const n = 80
+			answered := testnet.NewClients(t, ns, n, "127.0.0.1:1194")
 			before := answered.Ask()
 			testnet.NewClients(t, ns, 2000, "127.0.0.1:1194").Send(testnet.Silence)
 			servers.Add()
 			attach(t, fs, ns, loader.Options{})
 			testnet.NewClients(t, ns, 2000, "127.0.0.1:1194").Send(testnet.Silence)
-			s := status(t, g)
+			var s loader.Status
+			await(t, fs, g.Key(), "the servers to have read all, so that there is room for more", func(*loader.Group) bool {
+				s = status(t, g)
+				return s.Counters.Runs == n+4000 && !slices.ContainsFunc(s.Listeners, func(l loader.Listener) bool { return l.RxQueue != 0 })
+			})
 			if s.Counters.Evicted < 1000 {
 				t.Errorf("%d gave way", s.Counters.Evicted)
 			}
 			moved := testnet.Moved(before, answered.Ask())
-			if confirm == loader.ConfirmReply && (moved != 0 || s.Established != 40) || confirm == loader.ConfirmClient && moved == 0 {
+			if confirm == loader.ConfirmReply && (moved != 0 || s.Established != n) || confirm == loader.ConfirmClient && moved == 0 {
 				t.Errorf("%d flows moved, %d established", moved, s.Established)
 			}
 		})
@@ -241,7 +247,7 @@ func say(t *testing.T, ns *testnet.NetNS, host, remote, payload string) {
 		to := netip.MustParseAddrPort(remote)
 		err = errors.Join(
 			unix.Bind(fd, &unix.SockaddrInet4{Addr: netip.MustParseAddr(host).As4(), Port: 20000}),
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}),
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 30}),
 			unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}))
 		if err != nil {
 			return err

@@ -48,7 +48,7 @@ func startRealAgent(t testing.TB, binary, bpffs, services string) *realAgent {
 			t.Logf("the agent said:\n%s", a.said())
 		}
 	})
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(a.said(), "msg=ready"); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(a.said(), "msg=ready"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the agent is not ready")
 		}
@@ -83,7 +83,7 @@ func awaitListeners(t testing.TB, ns *testnet.NetNS, bpffs string, port uint16, 
 
 // await is awaitListeners for a port that is given otherwise.
 func await(s scope, n int) error {
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		groups, err := s.open()
 		var list []loader.Status
 		if err == nil {

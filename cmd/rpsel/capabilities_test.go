@@ -121,7 +121,7 @@ func (w *capWorld) until(words []string, have []capability.Capability, args ...s
 	if err := w.ns.Start(cmd); err != nil {
 		w.t.Fatal(err)
 	}
-	defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+	defer time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() }).Stop()
 	met, complaint := false, ""
 	lines := bufio.NewScanner(stderr)
 	for lines.Scan() {
@@ -198,7 +198,7 @@ func (w *capWorld) ownCgroup() {
 	}
 	w.t.Cleanup(func() {
 		// The reaper removes what is in there, some time after the command.
-		deadline := time.Now().Add(20 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for os.Remove(dir) != nil {
 			if time.Now().After(deadline) {
 				w.t.Error("left: ", dir)

@@ -56,7 +56,7 @@ func TestDrainWaitsForTheListener(t *testing.T) {
 		t.Errorf("it lives: exit code %d, %s", code, talk)
 	}
 	waited := false
-	code, talk := drain(dies, "10s", func() {
+	code, talk := drain(dies, "2m", func() {
 		waited = true
 		dies.Kill()
 		testnet.StartServer(t, ns, options)
@@ -97,12 +97,12 @@ func TestDrainedNoLonger(t *testing.T) {
 	testnet.NewClients(t, ns, 50, addr).Ask()
 
 	s := &scope{port: 1194, bpffs: fs}
-	wait := func() error {
+	wait := func(timeout time.Duration) error {
 		status, err := g.Status()
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		defer cancel()
 		return waitDrained(ctx, &env{out: io.Discard, err: io.Discard}, s, []chosen{{g, status.Listeners[0]}})
 	}
@@ -114,14 +114,14 @@ func TestDrainedNoLonger(t *testing.T) {
 	}
 	drain()
 	// The control: it drains on.
-	if err := wait(); err == nil || !strings.Contains(err.Error(), "left after --timeout") {
+	if err := wait(2 * time.Second); err == nil || !strings.Contains(err.Error(), "left after --timeout") {
 		t.Errorf("it drains: got %v", err)
 	}
 	if err := g.Resume(0); err != nil {
 		t.Fatal(err)
 	}
 	const nomore = "127.0.0.1:1194 slot 0, "
-	if err := wait(); err == nil || !strings.Contains(err.Error(), "it drains no longer") || !strings.Contains(err.Error(), nomore) {
+	if err := wait(time.Minute); err == nil || !strings.Contains(err.Error(), "it drains no longer") || !strings.Contains(err.Error(), nomore) {
 		t.Errorf("resumed: got %v", err)
 	}
 	drain()
@@ -224,7 +224,7 @@ func TestDrainWaitsForConnections(t *testing.T) {
 			c.Close()
 		}
 	})}
-	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "1m"}, where...)
+	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "2m"}, where...)
 	code := run(args, &env{out: io.Discard, err: io.MultiWriter(first, last)})
 	if talk := last.all.String(); code != exitDone || !strings.Contains(talk, last.text) {
 		t.Errorf("exit code %d: %s", code, talk)
@@ -290,7 +290,7 @@ func TestDrainWaitsForAccepted(t *testing.T) {
 			}
 		}
 	})}
-	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "1m"}, where...)
+	args := append([]string{"drain", "--slot", "0", "--wait", "--timeout", "2m"}, where...)
 	code := run(args, &env{out: io.Discard, err: io.MultiWriter(first, last)})
 	if talk := last.all.String(); code != exitDone || !strings.Contains(talk, last.text) {
 		t.Errorf("exit code %d: %s", code, talk)

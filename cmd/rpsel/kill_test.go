@@ -74,7 +74,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{name: "detach", servers: 3, before: attached, killed: "detach", fresh: []string{"s0"}},
 		{name: "attach, a new generation", servers: 3, before: []string{newest, "start 3"}, killed: "attach --generation new", fresh: []string{"t0"}, idle: []string{"s0"}},
 		{name: "attach, one that waits", servers: 3, before: []string{"attach --policy newest", "start 1"}, killed: "attach --generation new", fresh: []string{"s0"}, idle: []string{"t0"}},
-		{name: "attach, the last that is waited for", servers: 3, before: []string{newest, "start 2", "attach --generation new", "start 1"}, killed: "attach", fresh: []string{"t0", "u0"}, idle: []string{"s0"}},
+		{name: "attach, the last that is waited for", servers: 3, before: []string{newest, "start 2", "attach --generation new", "start 1", "soon"}, killed: "attach", after: []string{"soon", "attach"}, fresh: []string{"t0", "u0"}, idle: []string{"s0"}},
 		{name: "attach, in the gap of a generation", servers: 3, before: []string{newest, "start 3", "attach --generation new", "kill", "start 3"}, killed: "attach", fresh: []string{"u0"}, idle: []string{"s0"}},
 		{name: "attach, another policy", servers: 3, before: []string{"attach --settle 0", "start 3", "attach --generation new"}, killed: "attach --policy newest", fresh: []string{"t0"}, idle: []string{"s0"}},
 		{name: "attach, back to hash", servers: 3, before: []string{newest, "start 3", "attach --generation new"}, killed: "attach --policy hash", fresh: []string{"s0", "t0"}},
@@ -234,7 +234,7 @@ func (w *killWorld) close(when string) {
 // await polls, since nothing tells.
 func (w *killWorld) await(what string, done func() bool) {
 	w.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			w.t.Fatalf("waited in vain for %s", what)
 		}
@@ -256,6 +256,7 @@ func (w *killWorld) steps() []string {
 //	add, close   a server opens a socket, or closes its first
 //	start N      another process, named t, u and so on, opens some
 //	kill         the last of those is killed
+//	soon         the newest generation's last member has joined just now
 //	layout 1     the group is attached as by an older rpsel
 //	pick 2       new flows all go to slot 2
 //	run          a server is started by "rpsel run"; done when it is registered
@@ -294,6 +295,8 @@ func (w *killWorld) do(at int, line string) (killed bool, err error) {
 		key := sockets.Key{NetNS: w.ns.Cookie(), Proto: sockets.UDP, Addr: netip.MustParseAddrPort("127.0.0.1:1194")}
 		layout1.PickOnly(w.t, w.bpffs, key, 2)
 		return false, nil
+	case "soon":
+		return false, joinedNow(w.bpffs, w.ns, "udp_7f000001_1194")
 	case "kill":
 		w.others[len(w.others)-1].Kill()
 		return false, nil

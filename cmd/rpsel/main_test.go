@@ -437,9 +437,10 @@ func TestDemoEnds(t *testing.T) {
 			if len(inside) != 1 {
 				t.Fatalf("processes %v inside", inside)
 			}
+			// Three listeners, unless one has been killed meanwhile.
 			processes := append(inside, children(t, inside[0])...)
-			if len(processes) != 4 {
-				t.Fatalf("processes %v, want that inside and three listeners", processes)
+			if len(processes) < 3 {
+				t.Fatalf("processes %v, want that inside and its listeners", processes)
 			}
 			if err := cmd.Process.Signal(s); err != nil {
 				t.Fatal(err)
@@ -455,7 +456,7 @@ func TestDemoEnds(t *testing.T) {
 					t.Errorf("%v, stderr ends with %q, want %q", err, last, want)
 				}
 			}
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 				processes = slices.DeleteFunc(processes, func(pid int) bool {
 					return !strings.HasPrefix(commandLine(pid), "rpsel\x00demo-")
 				})

@@ -32,7 +32,7 @@ func startAgent(t *testing.T, ns *testnet.NetNS, bpffs string, flags uintptr) *e
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { endAgent(cmd, syscall.SIGKILL) })
-	defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+	defer time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() }).Stop()
 	log := bufio.NewReader(stderr)
 	for talk := ""; ; {
 		line, err := log.ReadString('\n')

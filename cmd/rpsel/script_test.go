@@ -72,6 +72,8 @@ func without() {
 //	                             cgroup (in one of its own),
 //	                             hold (accept no connection), of=NAME (the socket
 //	                             of that server). Sets $NAME to its pid
+//	soon PORT                    the newest generation's last member has joined
+//	                             just now
 //	layout1 PORT                 attach as an rpsel of layout 1 did
 //	layout PORT N                write another layout into a udp group's state
 //	foreign PORT                 attach a program that is not rpsel's
@@ -104,6 +106,7 @@ func TestScripts(t *testing.T) {
 			"device":    device,
 			"foreign":   inWorld((*world).foreign),
 			"await":     inWorld((*world).await),
+			"soon":      inWorld((*world).soon),
 			"layout":    inWorld((*world).layout),
 			"layout1":   inWorld((*world).layout1),
 			"serve":     inWorld((*world).serve),
@@ -336,6 +339,30 @@ func (w *world) layout(ts *testscript.TestScript, args []string) {
 	ts.Check(config.Put(uint32(0), value))
 }
 
+func (w *world) soon(ts *testscript.TestScript, args []string) {
+	ts.Check(joinedNow(bpffs, w.ns, "udp_7f000001_"+args[0]))
+}
+
+// joinedNow makes the last member of a group's newest generation have joined just now.
+// Who comes within some seconds is one of it, and a slow machine takes longer.
+func joinedNow(bpffs string, ns *testnet.NetNS, group string) error {
+	var boot unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+		return os.NewSyscallError("clock_gettime", err)
+	}
+	m, err := ebpf.LoadPinnedMap(filepath.Join(bpffs, "rpsel", fmt.Sprint(ns.Cookie()), group, bpf.SelectMapConfig), nil)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	var config bpf.SelectConfig
+	if err := m.Lookup(uint32(0), &config); err != nil {
+		return err
+	}
+	config.Joined = uint64(boot.Sec)
+	return m.Put(uint32(0), config)
+}
+
 func (w *world) die(_ *testscript.TestScript, args []string) { w.servers[args[0]].Kill() }
 
 func (w *world) ask(ts *testscript.TestScript, args []string) {
@@ -432,7 +459,7 @@ func (w *world) reading(ts *testscript.TestScript, args []string) {
 	reader, err := ebpf.LoadPinnedMap(filepath.Join(filepath.Dir(pins[0]), "reader"), nil)
 	ts.Check(err)
 	defer reader.Close()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		var ring uint32
 		var v bpf.SelectReader
 		err := reports.Lookup(uint32(0), &ring)

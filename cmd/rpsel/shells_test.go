@@ -13,8 +13,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/rpsel/rpsel/internal/testnet"
+	"github.com/rpsel/rpsel/loader"
 )
 
 // Twenty shells give commands about the same groups at once. They take turns:
@@ -23,6 +25,7 @@ import (
 // detaches stay where they are all the while.
 func TestTwentyShells(t *testing.T) {
 	const (
+		patience  = 10 * time.Second // with a lock that another command has
 		shells    = 20
 		commands  = 5 // of each
 		listeners = 4 // of each group
@@ -94,8 +97,15 @@ func TestTwentyShells(t *testing.T) {
 							}
 						}
 						args := append(line.args[1:], "--addr", addrs[group])
-						if err := line.check(where(line.args[0], args...)); err != nil {
-							t.Error(err)
+						for again := true; again; {
+							cmd, began := where(line.args[0], args...), time.Now()
+							err := line.check(cmd)
+							// On a machine so slow that the others take longer than a command
+							// waits, it does as it is told.
+							again = err != nil && strings.Contains(err.Error(), loader.ErrLocked.Error()) && time.Since(began) >= patience
+							if err != nil && !again {
+								t.Error(err)
+							}
 						}
 					}
 				})
