@@ -160,7 +160,7 @@ func udpTraffic(t *testing.T, server listener) func(lost uint32) {
 			c.Close()
 		}
 		missing := func() int64 { return sent.Load() - received.Load() }
-		for end := time.Now().Add(5 * time.Second); missing() > int64(lost) && time.Now().Before(end); {
+		for end := time.Now().Add(time.Minute); missing() > int64(lost) && time.Now().Before(end); {
 			runtime.Gosched()
 		}
 		l.SetReadDeadline(time.Now())
@@ -202,13 +202,13 @@ func tcpTraffic(t *testing.T, server listener) func(lost uint32) {
 		return err
 	}
 	address := target(t, server)
-	dialer := net.Dialer{Timeout: 10 * time.Second}
+	dialer := net.Dialer{Timeout: time.Minute}
 	dialer.SetMultipathTCP(false)
 	dial := func() (net.Conn, error) {
 		c, err := dialer.DialContext(context.Background(), "tcp", address)
 		if err == nil {
 			c.(*net.TCPConn).SetLinger(0)
-			c.SetDeadline(time.Now().Add(10 * time.Second))
+			c.SetDeadline(time.Now().Add(time.Minute))
 		}
 		return c, err
 	}

@@ -1,6 +1,7 @@
 package sockets_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -626,7 +627,7 @@ func TestCommandName(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.WriteFile(comm, name, 0)
+	defer os.WriteFile(comm, bytes.TrimSuffix(name, []byte("\n")), 0)
 	if err := os.WriteFile(comm, []byte("\x1b[31m\né\xff 9"), 0); err != nil {
 		t.Fatal(err)
 	}

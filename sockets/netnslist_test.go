@@ -41,7 +41,7 @@ func TestNetNSCookies(t *testing.T) {
 	cookie := held.Cookie()
 	held.Close()
 	// The kernel cleans up in the background.
-	for deadline := time.Now().Add(20 * time.Second); lists(cookie); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); lists(cookie); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it is listed still")
 		}

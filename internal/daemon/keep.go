@@ -68,8 +68,8 @@ func (k *keeper) keep(live sockets.Group) {
 
 // lockPatience is how long commands may have the lock of a namespace until the
 // agent goes on with others. All but the copying of very many flows takes
-// milliseconds.
-const lockPatience = time.Second
+// milliseconds. A test is more patient.
+var lockPatience = time.Second
 
 // busy tells whether a command has had the lock of a namespace for too long: it
 // may have been stopped, which must not keep the agent from other namespaces.
@@ -156,8 +156,13 @@ func (k *keeper) attach(live sockets.Group, service *config.Service) error {
 	if service != nil {
 		o = service.Options
 	}
-	if o.Settle == 0 && k.inbox.born(live) {
-		o.Settle = bornSettle
+	if o.Settle == 0 {
+		if k.watcher != nil {
+			k.watcher.Sync() // a sweep may see a listener before its report came
+		}
+		if k.inbox.born(live) {
+			o.Settle = bornSettle
+		}
 	}
 	g, err := k.attachWith(live, o)
 	if errors.Is(err, loader.ErrNotAttached) {

@@ -350,6 +350,22 @@ func TestPolling(t *testing.T) {
 	}
 }
 
+// A group that a sweep finds before a poll does is as new as others.
+func TestPollingSweep(t *testing.T) {
+	every := pollTime
+	pollTime = time.Hour
+	t.Cleanup(func() { pollTime = every })
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	dir := newCgroup(t, "")
+	occupy(t, dir, 0)
+	a := start(t, fs, service(ns, 1194), func(o *Options) { o.Cgroup = dir })
+	testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
+	a.awaitSaid("msg=attached")
+	if s, ok := status(t, a.fs, keyOf(ns, loader.UDP, addr)); !ok || s.Settling > bornSettle {
+		t.Errorf("it settles for %v, want %v at most", s.Settling, bornSettle)
+	}
+}
+
 func running(t *testing.T, fs string) Info {
 	t.Helper()
 	info, err := Running(fs)
@@ -640,8 +656,12 @@ func TestOwnerAtOnce(t *testing.T) {
 	}
 }
 
-// The agent ends although somebody else has the lock that it waits for.
+// The agent ends although somebody else has the lock that it waits for, and would
+// for long.
 func TestEndsWhileLocked(t *testing.T) {
+	patience := lockPatience
+	lockPatience = 10 * time.Minute
+	t.Cleanup(func() { lockPatience = patience })
 	ns, fs := testnet.New(t), testnet.BPFFS(t)
 	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
 	key := keyOf(ns, loader.UDP, addr)
@@ -658,6 +678,7 @@ func TestEndsWhileLocked(t *testing.T) {
 	before := clients.Ask()
 	testnet.StartServer(t, ns, options)
 	first.Close(0)
+	awaitWaiter(t, dir)
 	a.stop()
 	if strings.Contains(a.said(), "locked by another") {
 		t.Error("it waited for the lock as long as anybody does")
@@ -665,6 +686,29 @@ func TestEndsWhileLocked(t *testing.T) {
 	if moved := testnet.Moved(before, clients.Ask(), "s0"); moved != 0 {
 		t.Errorf("%d flows moved", moved)
 	}
+}
+
+// awaitWaiter returns when the agent, which is in this process, waits for the lock of
+// a directory that the test has locked: then it has the directory open, too.
+func awaitWaiter(t *testing.T, dir *os.File) {
+	t.Helper()
+	locked, err := dir.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the agent to wait for the lock", func() bool {
+		descriptors, err := filepath.Glob("/proc/self/fd/*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, fd := range descriptors {
+			if info, err := os.Stat(fd); err == nil && os.SameFile(info, locked) {
+				n++
+			}
+		}
+		return n > 1
+	})
 }
 
 // There is one agent per BPF file system, and whoever looks finds it as long as
@@ -705,7 +749,7 @@ func TestNotify(t *testing.T) {
 	hears := func(what string) {
 		t.Helper()
 		buf := make([]byte, 4096)
-		manager.SetReadDeadline(time.Now().Add(10 * time.Second))
+		manager.SetReadDeadline(time.Now().Add(time.Minute))
 		for {
 			n, err := manager.Read(buf)
 			if err != nil {

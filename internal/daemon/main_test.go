@@ -22,6 +22,7 @@ import (
 
 func TestMain(m *testing.M) {
 	tickTime, sweepTime, retryTime = 100*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
+	bornTime = time.Minute
 	testnet.Main(m)
 }
 
@@ -98,7 +99,7 @@ func (a *testAgent) awaitSaid(what string) {
 // await waits for something that nothing tells of.
 func await(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for %s", what)
 		}
@@ -128,7 +129,7 @@ func status(t testing.TB, fs loader.FS, key loader.Key) (s loader.Status, ok boo
 }
 
 // awaitListeners waits until a group is attached, has settled and has exactly so
-// many living listeners, all registered.
+// many living listeners, all registered, and nobody is at work on it.
 func (a *testAgent) awaitListeners(key loader.Key, n int) loader.Status {
 	a.t.Helper()
 	var s loader.Status
@@ -142,6 +143,10 @@ func (a *testAgent) awaitListeners(key loader.Key, n int) loader.Status {
 		}
 		return ok && s.Attached && alive == n && len(s.Unregistered) == 0 && s.Settling == 0
 	})
+	// The last of them is active before it has its share.
+	if err := a.fs.AwaitUnlocked(key.NetNS, time.Minute); err != nil {
+		a.t.Fatal(err)
+	}
 	return s
 }
 

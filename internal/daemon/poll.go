@@ -70,30 +70,12 @@ func (k *keeper) poll() {
 }
 
 func (k *keeper) pollNetNS(cookie uint64, p *polled) error {
-	ns, err := sockets.OpenNetNS(p.path)
+	now, came, err := k.noteFresh(cookie, p)
 	if err != nil {
 		return err
 	}
-	defer ns.Close()
-	if ns.Cookie() != cookie {
-		return fmt.Errorf("%s: %w: it is another one now", p.path, sockets.ErrNoNetNS)
-	}
-	now, err := k.bound(ns)
-	if err != nil {
-		return err
-	}
-	before := p.cookies
 	p.cookies = now
-	for port, cookies := range now {
-		had, looked := before[port]
-		fresh := slices.DeleteFunc(slices.Clone(cookies), func(c uint64) bool { return slices.Contains(had, c) })
-		if len(fresh) == 0 {
-			continue
-		}
-		if looked {
-			// What it got in a quarter of a second counts as new flows.
-			k.inbox.note(fresh...)
-		}
+	for _, port := range came {
 		groups, err := sockets.Find(sockets.Query{NetNS: cookie, Proto: port.Proto, Port: port.Port})
 		if err != nil {
 			return err
@@ -103,6 +85,35 @@ func (k *keeper) pollNetNS(cookie uint64, p *polled) error {
 		}
 	}
 	return nil
+}
+
+// noteFresh notes which sockets were bound in a namespace since the last poll, and
+// lists all, and the ports that have such.
+func (k *keeper) noteFresh(cookie uint64, p *polled) (now map[watch.Port][]uint64, came []watch.Port, err error) {
+	ns, err := sockets.OpenNetNS(p.path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer ns.Close()
+	if ns.Cookie() != cookie {
+		return nil, nil, fmt.Errorf("%s: %w: it is another one now", p.path, sockets.ErrNoNetNS)
+	}
+	if now, err = k.bound(ns); err != nil {
+		return nil, nil, err
+	}
+	for port, cookies := range now {
+		had, looked := p.cookies[port]
+		fresh := slices.DeleteFunc(slices.Clone(cookies), func(c uint64) bool { return slices.Contains(had, c) })
+		if len(fresh) == 0 {
+			continue
+		}
+		came = append(came, port)
+		if looked {
+			// What it got in a quarter of a second counts as new flows.
+			k.inbox.note(fresh...)
+		}
+	}
+	return now, came, nil
 }
 
 // bound lists the sockets on all ports in a network namespace.

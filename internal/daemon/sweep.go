@@ -24,6 +24,11 @@ func (k *keeper) sweep() error {
 	if err != nil {
 		return err
 	}
+	if k.watcher == nil {
+		for cookie, p := range k.polled {
+			k.noteFresh(cookie, p) // who came since the last poll; what is wrong the next tells
+		}
+	}
 	for _, g := range groups {
 		k.keep(g)
 	}

@@ -389,7 +389,7 @@ func TestDaemon(t *testing.T) {
 	await(t, "the second's cgroup to go", func() bool { return len(w.cgroups()) == 1 })
 	reaper := w.reaper()
 	daemon.stop()
-	must(t, ended(reaper, 10_000))
+	must(t, ended(reaper, 60_000))
 	if got := w.cgroups(); len(got) != 0 {
 		t.Errorf("left: %q", got)
 	}
@@ -404,7 +404,7 @@ func TestReaperKilled(t *testing.T) {
 			first := w.serve(on(), "udp4", "127.0.0.1:7777", "a")
 			reaper := w.reaper()
 			must(t, unix.Kill(reaper, signal))
-			must(t, ended(reaper, 10_000))
+			must(t, ended(reaper, 60_000))
 			if got := w.answers("udp", "127.0.0.1:7777"); len(got) != 1 {
 				t.Errorf("who answered: %q", got)
 			}

@@ -150,7 +150,7 @@ func must(t testing.TB, err error) {
 // await waits for a condition that no descriptor tells of.
 func await(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited for %s in vain", what)
 		}
@@ -333,7 +333,7 @@ func (w *world) answers(network, address string) []string {
 				return err
 			}
 			defer c.Close()
-			c.SetDeadline(time.Now().Add(5 * time.Second))
+			c.SetDeadline(time.Now().Add(time.Minute))
 			if network == "udp" {
 				c.Write([]byte("who?"))
 			}

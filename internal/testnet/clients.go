@@ -20,8 +20,9 @@ const (
 	// one server (212992 bytes by default, 768 for a small datagram), so that
 	// none is lost even if all go to one that is slow.
 	block = 256
-	// How long an answer may take.
-	patience = 3 * time.Second
+	// How long an answer may take on a machine that is busy with other things. Who
+	// refuses is known at once.
+	patience = 20 * time.Second
 )
 
 // Clients are flows to one server address: the n client ports are its alone,

@@ -43,20 +43,27 @@ func (c Checked) Run() int {
 		return code // a test that fails may leave anything
 	}
 	sockets.Unload()
-	if err := leaks(before); err != nil {
+	if err := leaks(before, patience); err != nil {
 		fmt.Fprintln(os.Stderr, "after all tests:", err)
 		return 1
 	}
 	return 0
 }
 
-// leaks waits, a few seconds at most, until no goroutine runs but the caller's
+// leaks waits, for so long at most, until no goroutine runs but the caller's
 // and no descriptor is open but those of before. The error has what stays.
-func leaks(before map[int]string) error {
-	if err := goleak.Find(); err != nil {
-		return err
+func leaks(before map[int]string, patience time.Duration) error {
+	deadline := time.Now().Add(patience)
+	for { // goleak by itself waits for less than a second
+		err := goleak.Find()
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			return err
+		}
 	}
-	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+	for ; ; time.Sleep(time.Millisecond) {
 		now, err := descriptors()
 		if err != nil {
 			return err

@@ -101,11 +101,25 @@ func (w *work) serve() error {
 		}
 		return serving(fd)
 	}
+	report := func() error {
+		line := []any{w.Addr}
+		for fd := range names {
+			cookie, err := cookieOf(fd)
+			if err != nil {
+				return err
+			}
+			line = append(line, cookie)
+		}
+		fmt.Println(line...)
+		return nil
+	}
 	for _, name := range w.Names {
 		if err := add(name); err != nil {
 			return err
 		}
-		fmt.Println(w.Addr)
+		if err := report(); err != nil {
+			return err
+		}
 	}
 	if err := watch(unix.Stdin); err != nil {
 		return err
@@ -150,10 +164,12 @@ func (w *work) serve() error {
 					fmt.Println(askAgent(listeners[index], strings.Fields(order)[2:]))
 					continue
 				}
+				if err == nil {
+					err = report()
+				}
 				if err != nil {
 					return fmt.Errorf("%s: %w", order, err)
 				}
-				fmt.Println(w.Addr)
 			case !isListener: // a connection, or closed by an order just now
 				if n, _ := unix.Read(fd, buf); n <= 0 {
 					unix.Close(fd)
@@ -284,25 +300,44 @@ func (w *work) bind() (int, error) {
 // that looks at it just now, of a test of another package perhaps, keeps it
 // alive until the search ends.
 func (w *work) close(fd int) error {
-	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	cookie, err := cookieOf(fd)
 	if err != nil {
-		return os.NewSyscallError("getsockopt", err)
+		return err
 	}
 	if err := unix.Close(fd); err != nil {
 		return os.NewSyscallError("close", err)
 	}
+	gone, err := w.awaitGone([]uint64{cookie}, netip.MustParseAddrPort(w.Addr).Port(), patience)
+	if err == nil && !gone {
+		err = fmt.Errorf("the listener with cookie %d is still there %v after its close", cookie, patience)
+	}
+	return err
+}
+
+// awaitGone waits, for so long at most, until none of these sockets is bound in the
+// network namespace of the calling thread.
+func (w *work) awaitGone(cookies []uint64, port uint16, patience time.Duration) (gone bool, err error) {
 	proto := sockets.UDP
 	if w.stream() {
 		proto = sockets.TCP
 	}
-	port := netip.MustParseAddrPort(w.Addr).Port()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		left, err := sockets.Bound(proto, port)
-		if err != nil || !slices.Contains(left, cookie) {
-			return err
+		if err != nil {
+			return false, err
+		}
+		if !slices.ContainsFunc(left, func(c uint64) bool { return slices.Contains(cookies, c) }) {
+			return true, nil
+		}
+		if time.Now().After(deadline) {
+			return false, nil
 		}
 	}
-	return fmt.Errorf("the listener with cookie %d is still there %v after its close", cookie, patience)
+}
+
+func cookieOf(fd int) (uint64, error) {
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	return cookie, os.NewSyscallError("getsockopt SO_COOKIE", err)
 }
 
 // sockaddr is the address for system calls.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -65,6 +66,9 @@ type Server struct {
 	Names []string
 
 	t       testing.TB
+	ns      *NetNS
+	work    work
+	cookies []uint64 // of its sockets
 	cmd     *exec.Cmd
 	stderr  bytes.Buffer
 	control *os.File
@@ -116,7 +120,7 @@ func start(t testing.TB, ns *NetNS, w work) (_ *Server, err error) {
 	must(t, err)
 	argv := append(slices.Clone(w.Wrap), self)
 
-	s := &Server{t: t, cmd: exec.Command(argv[0], argv[1:]...), Names: w.Names}
+	s := &Server{t: t, ns: ns, work: w, cmd: exec.Command(argv[0], argv[1:]...), Names: w.Names}
 	childIn, control, err := os.Pipe()
 	must(t, err)
 	defer childIn.Close()
@@ -160,7 +164,16 @@ func (s *Server) bound() error {
 		s.wait()
 		return errors.New(strings.TrimSpace("ended. " + s.stderr.String()))
 	}
-	s.Addr, err = netip.ParseAddrPort(strings.TrimSuffix(line, "\n"))
+	fields := strings.Fields(line)
+	s.cookies = nil
+	for _, text := range fields[1:] {
+		cookie, err := strconv.ParseUint(text, 10, 64)
+		if err != nil {
+			return err
+		}
+		s.cookies = append(s.cookies, cookie)
+	}
+	s.Addr, err = netip.ParseAddrPort(fields[0])
 	return err
 }
 
@@ -181,13 +194,21 @@ func (s *Server) end(signal os.Signal) {
 	s.wait()
 }
 
-// wait reaps the process. The kernel closes a process's files before that.
+// wait reaps the process, and waits for its sockets to be gone, which is a moment
+// later when a search of all processes looks at one just then (see work.close). A test
+// that has one itself keeps it: so it is not waited for long.
 func (s *Server) wait() {
 	if s.waited {
 		return
 	}
 	s.waited = true
 	s.cmd.Wait()
+	if len(s.cookies) > 0 {
+		must(s.t, s.ns.Do(func() error {
+			_, err := s.work.awaitGone(s.cookies, s.Addr.Port(), time.Second)
+			return err
+		}))
+	}
 }
 
 // Close closes the socket with an index and returns when it is closed.

@@ -211,17 +211,17 @@ func TestLeaks(t *testing.T) {
 	must(t, err)
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
 	must(t, err)
-	if err := leaks(before); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("\n%d: anon_inode:bpf-map", m.FD())) {
+	if err := leaks(before, 0); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("\n%d: anon_inode:bpf-map", m.FD())) {
 		t.Errorf("error %v, want the open map", err)
 	}
 	must(t, m.Close())
 	end := make(chan struct{})
 	go func() { <-end }()
-	if err := leaks(before); err == nil || !strings.Contains(err.Error(), "TestLeaks.func1") {
+	if err := leaks(before, 0); err == nil || !strings.Contains(err.Error(), "TestLeaks.func1") {
 		t.Errorf("error %v, want the goroutine", err)
 	}
 	close(end)
-	if err := leaks(before); err != nil {
+	if err := leaks(before, patience); err != nil {
 		t.Error(err)
 	}
 }

@@ -28,7 +28,7 @@ type Port struct {
 func (p Port) key() uint32 { return uint32(p.Proto)<<16 | uint32(p.Port) }
 
 // Watcher is what Open attached. Its methods may be called concurrently, but
-// none but Close after Close, and Run once at a time.
+// none but Close after Close, and Run and Sync once at a time.
 type Watcher struct {
 	objects bpf.WatchObjects
 	links   io.Closer
@@ -36,8 +36,10 @@ type Watcher struct {
 	close   context.CancelFunc
 	running sync.Mutex // held by Run
 
-	mu    sync.Mutex
-	ports map[Port]bool // what the programs report
+	mu     sync.Mutex
+	ports  map[Port]bool   // what the programs report
+	reader *ringbuf.Reader // of Run; nil: it does not run
+	synced chan struct{}   // closed and nil again when Run has come up with Sync
 }
 
 // Open attaches the programs to the cgroup at a path, or to the highest one
@@ -135,15 +137,50 @@ func (w *Watcher) Run(ctx context.Context, f func([]Event)) error {
 	defer r.Close()
 	defer context.AfterFunc(ctx, func() { r.Close() })()
 	defer context.AfterFunc(w.closing, func() { r.Close() })()
+	w.mu.Lock()
+	w.reader = r
+	w.mu.Unlock()
+	defer w.up(nil)
 
 	var events []Event
-	return Read(r, func(raw bpf.WatchEvent, last bool) {
-		events = append(events, EventOf(raw))
-		if last {
-			f(events)
-			events = nil
+	for {
+		err := Read(r, func(raw bpf.WatchEvent, last bool) {
+			events = append(events, EventOf(raw))
+			if last {
+				f(events)
+				events = nil
+			}
+		})
+		if !errors.Is(err, ringbuf.ErrFlushed) {
+			return err
 		}
-	})
+		w.up(r)
+	}
+}
+
+// up tells Sync that all is given, and notes who reads from now on.
+func (w *Watcher) up(r *ringbuf.Reader) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.reader = r
+	if w.synced != nil {
+		close(w.synced)
+		w.synced = nil
+	}
+}
+
+// Sync returns when Run has given all events of listeners that were there when it
+// was called, or does not run.
+func (w *Watcher) Sync() {
+	w.mu.Lock()
+	if w.reader == nil || w.reader.Flush() != nil {
+		w.mu.Unlock()
+		return
+	}
+	synced := make(chan struct{})
+	w.synced = synced
+	w.mu.Unlock()
+	<-synced
 }
 
 // Read gives f what the programs report (bpf/event.h), until the reader is

@@ -45,9 +45,9 @@ func must(t testing.TB, err error) {
 // await waits until something is so.
 func await(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 10 s", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }
@@ -162,6 +162,24 @@ func TestEvents(t *testing.T) {
 	}
 	if s := want[0].String(); s != fmt.Sprintf("%s (pid %d): udp 127.0.0.1:1194", command, want[0].PID) {
 		t.Error(s)
+	}
+}
+
+// What is bound when Sync is called has been told of when it returns, again and again.
+// Without a Run there is nothing to wait for.
+func TestSync(t *testing.T) {
+	dir, ns := group(t, ""), testnet.New(t)
+	w := open(t, dir, both...)
+	w.Sync()
+	got := events(t, w)
+	s := testnet.StartGroup(t, ns, 1, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true, Cgroup: dir})
+	await(t, "the first event", func() bool { return len(got()) == 1 }) // so it runs
+	for n := 2; n <= 50; n++ {
+		s.Add()
+		w.Sync()
+		if len(got()) != n {
+			t.Fatalf("%d events of %d listeners", len(got()), n)
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rpsel/rpsel/internal/daemon"
+	"github.com/rpsel/rpsel/loader"
 )
 
 // keeper is a running "rpsel agent".
@@ -84,7 +85,7 @@ func (w *world) cleanAgent() {
 // awaitAgent returns when the agent has done what it is for, which is what an
 // operator can see: it runs, its group is attached, all listeners are registered.
 func (w *world) awaitAgent() error {
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		var s status
 		if w.attachedOnce {
@@ -98,6 +99,10 @@ func (w *world) awaitAgent() error {
 		case !w.attachedOnce || len(w.alive()) == 0:
 			return nil
 		case s.Groups[0].Attached && len(s.Groups[0].Unregistered) == 0:
+			// The last of them is active before it has its share.
+			if err := loader.FS(w.bpffs).AwaitUnlocked(w.ns.Cookie(), time.Minute); err != nil {
+				return err
+			}
 			// A group that has only just come settles for a second: here time
 			// is nothing to wait for.
 			if s.Groups[0].Settling > 0 {

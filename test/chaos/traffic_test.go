@@ -18,7 +18,7 @@ const (
 	perNet      = 250 // flows of one /24
 	questionLen = 12
 	inFlight    = 400 // datagrams that wait in one socket, at most
-	patience    = 20  // seconds that an answer may take
+	patience    = 60  // seconds that an answer may take
 )
 
 var server = netip.MustParseAddrPort("127.0.0.1:1194")
@@ -135,21 +135,21 @@ func (c *traffic) askSome(fd int, which, positions []int, answers []string) erro
 	if err := send(); err != nil {
 		return err
 	}
-	again := c.closing
 	var answer [64]byte
 	for left, waited := len(positions), 0; left > 0; {
 		n, _, err := unix.Recvfrom(fd, answer[:], 0)
 		switch {
 		case err == unix.EINTR:
-		case err == unix.EAGAIN && again:
-			again = false
-			c.lost += left
-			if err := send(); err != nil {
-				return err
-			}
 		case err == unix.EAGAIN:
 			if waited++; waited == patience {
 				return nil
+			}
+			if !c.closing {
+				continue
+			}
+			c.lost += left
+			if err := send(); err != nil {
+				return err
 			}
 		case err != nil:
 			return os.NewSyscallError("recvfrom", err)

@@ -71,10 +71,10 @@ func (d *daemon) Write(p []byte) (int, error) {
 }
 
 // await returns when the log has a text. It fails the test if the daemon ends
-// or a minute passes before.
+// or two minutes pass before.
 func (d *daemon) await(t testing.TB, text string) {
 	t.Helper()
-	deadline := time.After(time.Minute)
+	deadline := time.After(2 * time.Minute)
 	for {
 		d.mu.Lock()
 		has, news := strings.Contains(d.log.String(), text), d.news
@@ -93,12 +93,12 @@ func (d *daemon) await(t testing.TB, text string) {
 }
 
 // awaitEnd returns the log when the daemon has ended by itself. It fails the
-// test if that takes a minute.
+// test if that takes two minutes.
 func (d *daemon) awaitEnd(t testing.TB) string {
 	t.Helper()
 	select {
 	case <-d.ended:
-	case <-time.After(time.Minute):
+	case <-time.After(2 * time.Minute):
 		t.Fatalf("%s runs on", d.name)
 	}
 	return d.log.String()

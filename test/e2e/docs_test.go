@@ -191,7 +191,7 @@ func (d *docs) daemonPID(file string) process {
 func (p process) awaitEnd(t testing.TB) {
 	t.Helper()
 	wait := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
-	for deadline := time.Now().Add(time.Minute); ; {
+	for deadline := time.Now().Add(2 * time.Minute); ; {
 		n, err := unix.Poll(wait, int(time.Until(deadline).Milliseconds()))
 		if n > 0 {
 			return

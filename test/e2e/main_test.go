@@ -123,10 +123,10 @@ const (
 )
 
 // await returns when the status has a property. It fails the test if it has
-// not for half a minute.
+// not for two minutes.
 func (r *rpsel) await(what string, property func(status) bool) {
 	r.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); {
 		cmd := r.outside("status", "--json")
 		out, err := cmd.Output()
 		if err != nil && cmd.ProcessState.ExitCode() != notThere {
@@ -143,7 +143,7 @@ func (r *rpsel) await(what string, property func(status) bool) {
 		}
 		time.Sleep(100 * time.Millisecond) // nothing tells of a change
 	}
-	r.t.Fatalf("%s: not within half a minute", what)
+	r.t.Fatalf("%s: not within two minutes", what)
 }
 
 // awaitSettled returns when new listeners have their share of new flows.
@@ -211,7 +211,7 @@ func (r *rpsel) counter(name string) (sum int) {
 func awaitServer(t testing.TB, ns *testnet.NetNS, addr netip.AddrPort) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if err = ns.Do(func() error { _, err := request(addr); return err }); err == nil {
 			return
 		}

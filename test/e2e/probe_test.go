@@ -15,7 +15,7 @@ import (
 // patience is how long the answer to a probe may take. A probe that went to the
 // wrong server is never answered, so there is no need to be quick on a busy
 // machine.
-const patience = 5 * time.Second
+const patience = 8 * time.Second
 
 // prober pings through VPN devices, once per device and second, and keeps who
 // answered.

@@ -93,7 +93,7 @@ func startBox(t testing.TB, v *vpn, variant, services string) *box {
 // until waits for a condition that nothing tells of.
 func (b *box) until(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !condition(); time.Sleep(50 * time.Millisecond) {
 		select {
 		case <-b.ended:
 			t.Fatalf("systemd ended before: %s", what)

@@ -16,8 +16,8 @@ const (
 	vpnPort = 1194
 	vpnUp   = "Initialization Sequence Completed"
 	// maxClients bounds how many are started to have some on every server: the
-	// chance that 40 leave one of three with fewer than two is 1 in 500 000.
-	maxClients = 40
+	// chance that 80 leave one of three with fewer than two is 1 in 10^12.
+	maxClients = 80
 )
 
 // vpn is a laboratory of unmodified OpenVPN servers on one UDP port of one
@@ -159,7 +159,12 @@ verb 3
 	for _, c := range started {
 		c.await(v.t, vpnUp)
 		v.must(v.ns.Do(func() (err error) {
-			c.first, err = ping(c.name)
+			// The server may not be done with it yet.
+			for range 3 {
+				if c.first, err = ping(c.name); c.first != 0 || err != nil {
+					break
+				}
+			}
 			return err
 		}))
 		if c.first == 0 {

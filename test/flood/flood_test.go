@@ -33,9 +33,12 @@ const (
 	phases    = 3
 	chunks    = 4 // of a phase
 
-	patience = 20 * time.Second
-	// most is how long a whole flood may take. It sends less then.
+	patience = time.Minute
+	// most is how long a whole flood takes on a machine that is too slow for all of
+	// its packets. It sends less then, but for what it takes to make a flood.
 	most = 90 * time.Second
+	// dull is how long a phase may take for that.
+	dull = 5 * time.Minute
 	// least is how many packets make a flood.
 	least = 3 * capacity
 )
@@ -53,7 +56,6 @@ type world struct {
 	legit   *testnet.Spoofer
 	number  uint32 // of the last packets of flows
 	resent  int
-	end     time.Time // of the flood
 	sent    uint64
 }
 
@@ -188,8 +190,9 @@ func (w *world) moved(all ...flows) (n int) {
 
 // flood sends n packets of sources at full speed, from all CPUs, while f runs
 // again and again. It stops when time is up.
-func (w *world) flood(n uint64, source func(uint64) netip.AddrPort, f func() error) {
+func (w *world) flood(n uint64, most time.Duration, source func(uint64) netip.AddrPort, f func() error) {
 	w.t.Helper()
+	end := time.Now().Add(most)
 	var sending sync.WaitGroup
 	var sent, next atomic.Uint64
 	results := make(chan error, runtime.NumCPU())
@@ -198,7 +201,7 @@ func (w *world) flood(n uint64, source func(uint64) netip.AddrPort, f func() err
 		w.must(err)
 		sending.Go(func() {
 			defer s.Close()
-			for time.Now().Before(w.end) {
+			for time.Now().Before(end) {
 				first := next.Add(testnet.SpoofedBatch) - testnet.SpoofedBatch
 				for i := first; i < min(n, first+testnet.SpoofedBatch); i++ {
 					if err := s.Put(source(i), [testnet.SpoofedSize]byte{}); err != nil {
@@ -261,12 +264,12 @@ func (w *world) table() (*maps.Flows, *ebpf.Map) {
 	return flows, buckets
 }
 
-// packets is how many the flood has: RPSEL_FLOOD, or else ten million.
+// packets is how many the flood has: RPSEL_FLOOD, or else four million.
 func packets(t *testing.T) uint64 {
 	t.Helper()
 	text := os.Getenv("RPSEL_FLOOD")
 	if text == "" {
-		return 10_000_000
+		return 4_000_000
 	}
 	n, err := strconv.ParseUint(text, 10, 64)
 	if err != nil {
@@ -287,16 +290,16 @@ func TestFlood(t *testing.T) {
 		share                  uint64 // of the packets
 	}{
 		{"IPv4", "udp4", "127.0.0.1:4711", loader.AffinityFlow, loader.PolicyHash, 1},
-		{"IPv6", "udp6", "[::1]:4711", loader.AffinityFlow, loader.PolicyHash, 10},
-		{"affinity client", "udp4", "127.0.0.1:4711", loader.AffinityClient, loader.PolicyHash, 10},
-		{"policy least", "udp4", "127.0.0.1:4711", loader.AffinityFlow, loader.PolicyLeast, 10},
+		{"IPv6", "udp6", "[::1]:4711", loader.AffinityFlow, loader.PolicyHash, 4},
+		{"affinity client", "udp4", "127.0.0.1:4711", loader.AffinityClient, loader.PolicyHash, 4},
+		{"policy least", "udp4", "127.0.0.1:4711", loader.AffinityFlow, loader.PolicyLeast, 4},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWorld(t, c.network, c.address)
 			w.run(packets(t)/c.share, loader.Options{
 				Flows: capacity, Settle: -1, Affinity: c.affinity, Policy: c.policy,
 				// Nothing expires while the flood lasts.
-				Idle: 10 * most, IdleNew: 10 * most,
+				Idle: 10 * dull, IdleNew: 10 * dull,
 			})
 		})
 	}
@@ -336,7 +339,6 @@ func (w *world) run(n uint64, o loader.Options) {
 	report := fmt.Sprintf("%-8s %10s %12s %10s %10s %10s %10s\n", "EACH", "PACKETS", "PACKETS/S", "NEW", "EVICTED", "FULL", "TRACKED")
 	each := (n + phases*chunks - 1) / (phases * chunks)
 	for phase, name := range []string{"once", "collide", "twice"} {
-		w.end = begin.Add(most * time.Duration(phase+1) / phases)
 		before, sent, began := w.status().Counters, w.sent, time.Now()
 		source, orphans := w.spoofed, 0
 		// Goes on until enough sources are known that fall among the victims: each look at
@@ -348,7 +350,7 @@ func (w *world) run(n uint64, o loader.Options) {
 		case "collide":
 			crafted := slices.Collect(gomaps.Keys(victims.found))
 			room := victims.room(t, buckets)
-			if w.sent >= least && len(crafted) < room/2 {
+			if len(crafted) < room/2 {
 				t.Errorf("%d sources for %d entries are too few", len(crafted), room)
 			}
 			crafted = crafted[:min(len(crafted), room*11/10)]
@@ -365,9 +367,9 @@ func (w *world) run(n uint64, o loader.Options) {
 			}
 		}
 		// What comes again takes two seconds to be established, however few it is.
-		for chunk := uint64(0); chunk < chunks || !full() && time.Now().Before(w.end); chunk++ {
+		for chunk := uint64(0); chunk < chunks || !full() && time.Since(began) < dull; chunk++ {
 			dies := name == "twice" && chunk == chunks-1
-			w.flood(each, func(i uint64) netip.AddrPort { return source(chunk*each + i) }, func() error {
+			w.flood(each, most/phases/chunks, func(i uint64) netip.AddrPort { return source(chunk*each + i) }, func() error {
 				if dies {
 					// A listener dies: its flows move, once.
 					dies, orphans = false, w.kill(1)
@@ -382,8 +384,9 @@ func (w *world) run(n uint64, o loader.Options) {
 				victims.learn(table)
 			}
 		}
-		if !full() && w.sent-sent >= least {
-			t.Errorf("%s: the buckets are not full of established flows: %+v", name, w.status().Counters)
+		if !full() {
+			t.Errorf("%s: in %v it does not come to what it is for: %d packets sent, %d sources found, %+v",
+				name, dull, w.sent-sent, len(victims.found), w.status().Counters)
 		}
 		w.must(w.tell(old, young))
 		after := w.status()
@@ -398,7 +401,7 @@ func (w *world) run(n uint64, o loader.Options) {
 			// The control.
 			w.must(w.tell(once))
 			control = w.moved(once)
-			if full() && (c.Evicted == before.Evicted || control < unknown/10) {
+			if c.Evicted == before.Evicted || control < unknown/10 {
 				t.Errorf("control: %d of %d flows of which one packet had come moved, %+v", control, unknown, c)
 			}
 		case "twice":
@@ -412,9 +415,6 @@ func (w *world) run(n uint64, o loader.Options) {
 	}
 	t.Logf("%d flows established, %d of their packets were sent again; %d of %d with one packet moved; %d packets sent (%d wanted) in %v\n%s",
 		known, w.resent, control, unknown, w.sent, n, time.Since(begin).Round(time.Millisecond), report)
-	if w.sent < least {
-		t.Errorf("%d packets in %v are no flood", w.sent, most)
-	}
 	w.after(flows{young.end, young.end + newcomers}, old)
 }
 

@@ -60,8 +60,9 @@ func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 		// The console and, undisturbed by it, the events.
 		"-serial", "file:"+m.console, "-chardev", "stdio,id=events,signal=off", "-serial", "chardev:events",
 		"-kernel", m.kernel.image, "-initrd", m.image,
-		// A kernel in trouble restarts, which -no-reboot makes the end.
-		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5")
+		// A kernel in trouble restarts, which -no-reboot makes the end. One that is not
+		// run for a while, because the host has other things to do, is in none.
+		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240")
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
