@@ -48,7 +48,7 @@ func onlyCmd() {
 // The users of these tests. Servers are never the caller's.
 const (
 	capCaller = 65534
-	capServer = 1000
+	capServer = 33
 )
 
 // capWorld is what a case of TestCapabilities is tried in.

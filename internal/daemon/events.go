@@ -76,8 +76,12 @@ func (k *keeper) arrived(events []watch.Event) {
 	}
 }
 
-// wanted tells whether a listener may be of a group that is kept.
+// wanted tells whether a listener may be of a group that is kept. Where it is
+// is not known of every one: all namespaces are searched for that.
 func (k *keeper) wanted(e watch.Event) bool {
+	if e.NetNS == 0 {
+		return true
+	}
 	key := loader.Key{NetNS: e.NetNS, Proto: e.Proto, Addr: e.Addr}
 	for other := range k.groups {
 		if other.NetNS == key.NetNS && other.Proto == key.Proto && other.Addr == key.Addr {

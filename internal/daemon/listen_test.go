@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"testing"
+	"time"
 
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
@@ -66,4 +67,23 @@ func TestListens(t *testing.T) {
 	if got := shares(); got["after"] != 120 {
 		t.Errorf("the last one listens again: accepted by %v", got)
 	}
+}
+
+// Of a socket that was bound before its port was watched the report does not say
+// where it is. It is registered for the report all the same, not by a later sweep.
+func TestListensSomewhere(t *testing.T) {
+	ns, fs := testnet.New(t), testnet.BPFFS(t)
+	serve := func(bound bool) *testnet.Server {
+		return testnet.StartServer(t, ns, testnet.ServerOptions{Network: "tcp4", Addr: addr, ReusePort: true, Bound: bound})
+	}
+	serve(false)
+	before := serve(true)
+	defer func(d time.Duration) { sweepTime = d }(sweepTime)
+	sweepTime = time.Hour
+	a := start(t, fs, service(ns, 1194, `proto = "tcp"`, `settle = "0s"`))
+	defer a.stop() // it reads sweepTime
+	key := keyOf(ns, loader.TCP, addr)
+	a.awaitListeners(key, 1)
+	before.Listen(0, 512)
+	a.awaitListeners(key, 2)
 }

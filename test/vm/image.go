@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ var modules = []string{
 
 // programs are those of this machine that tests start, besides rpsel: some
 // because they are linked dynamically.
-var programs = []string{"sh", "cat", "cp", "mount", "perl", "sleep", "unshare"}
+var programs = []string{"sh", "cat", "cp", "mount", "perl", "sleep", "true", "unshare"}
 
 // built is what is compiled once for all kernels.
 type built struct {
@@ -35,10 +36,10 @@ type built struct {
 }
 
 // build compiles everything into dir, statically.
-func build(dir string, packages []string) (built, error) {
+func build(ctx context.Context, dir string, packages []string) (built, error) {
 	b := built{dir: dir, tests: map[string]string{}}
 	goCommand := func(args ...string) error {
-		cmd := exec.Command("go", args...)
+		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("go %s: %w\n%s", args[0], err, out)
@@ -66,7 +67,7 @@ func build(dir string, packages []string) (built, error) {
 // image writes the file system of a machine: what was built, the files of the
 // repository, some programs of this machine, the modules of the kernel, and
 // the order.
-func (b built) image(to io.Writer, k kernel, source string, order guest.Order) error {
+func (b built) image(ctx context.Context, to io.Writer, k kernel, source string, order guest.Order) error {
 	a := newArchive(to)
 	a.dir("proc", "sys", "dev", "run", "tmp", "root", "etc", "var/tmp", "home", "mnt")
 	a.text("etc/passwd", "root:x:0:0::/root:/bin/sh\ndaemon:x:1:1::/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
@@ -84,7 +85,7 @@ func (b built) image(to io.Writer, k kernel, source string, order guest.Order) e
 		a.program(name)
 	}
 	a.perl()
-	order.Modules = a.modules(k)
+	order.Modules = a.modules(ctx, k)
 	text, err := json.Marshal(order)
 	if err != nil {
 		return err
@@ -215,7 +216,7 @@ func (a *archive) perl() {
 }
 
 // modules adds the kernel's and returns their names in the order to load them.
-func (a *archive) modules(k kernel) (names []string) {
+func (a *archive) modules(ctx context.Context, k kernel) (names []string) {
 	dep, err := os.ReadFile(filepath.Join(k.modules, "modules.dep"))
 	if err != nil {
 		a.err = errors.Join(a.err, err)
@@ -225,7 +226,7 @@ func (a *archive) modules(k kernel) (names []string) {
 		path := filepath.Join(k.modules, file)
 		name := filepath.Join("/modules", filepath.Base(file))
 		if plain, ok := strings.CutSuffix(name, ".xz"); ok {
-			text, err := command(nil, "xz", "-dc", path)
+			text, err := command(ctx, nil, "xz", "-dc", path)
 			if err != nil {
 				a.err = errors.Join(a.err, err)
 				return nil

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,6 +13,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // release is a kernel of Debian's that tests run under.
@@ -20,15 +24,21 @@ type release struct {
 	suite string // of Debian, where its package is
 	old   bool   // it lacks what rpsel needs: what is tested is that rpsel says so
 	ahead bool   // not released: only when asked for
+	args  string // more for the kernel's command line, in an emulated machine
 }
 
 var releases = []release{
 	{name: "5.10", suite: "bullseye", old: true},
 	{name: "6.1", suite: "bookworm"},
 	{name: "6.12", suite: "trixie"},
-	{name: "newest", suite: "sid"},
-	{name: "experimental", suite: "experimental", ahead: true},
+	{name: "newest", suite: "sid", args: noStorage},
+	{name: "experimental", suite: "experimental", ahead: true, args: noStorage},
 }
+
+// noStorage mends what the lack of cmpxchg16b (see cpus) does to Linux 7.2: it
+// allocates the storage of sockets by kmalloc_nolock (mm/slub.c), which needs
+// that, or else a cache that is debugged.
+const noStorage = "slub_debug=Z,kmalloc-*"
 
 // kernel is one that was fetched.
 type kernel struct {
@@ -37,9 +47,23 @@ type kernel struct {
 	modules string // the directory with kernel/ and modules.dep
 }
 
+// claim keeps others out of the cache until this process ends.
+func claim(cache string) error {
+	dir, err := unix.Open(cache, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: cache, Err: err}
+	}
+	if err := unix.Flock(dir, unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		return fmt.Errorf("%s is in use by another make vm or make test: wait until that has ended", cache)
+	} else if err != nil {
+		return &fs.PathError{Op: "flock", Path: cache, Err: err}
+	}
+	return nil
+}
+
 // fetch takes a kernel from the cache, or else from a mirror of Debian, which
 // is one of the machine's own sources unless the caller names one.
-func (r release) fetch(cache, mirror string) (kernel, error) {
+func (r release) fetch(ctx context.Context, cache, mirror string) (kernel, error) {
 	dir := filepath.Join(cache, r.suite)
 	if k, err := r.find(dir); err == nil {
 		return k, nil
@@ -48,17 +72,17 @@ func (r release) fetch(cache, mirror string) (kernel, error) {
 	if err := os.RemoveAll(dir); err != nil {
 		return kernel{}, err
 	}
-	a, err := newApt(filepath.Join(dir, "apt"), r.suite, mirror)
+	a, err := newApt(ctx, filepath.Join(dir, "apt"), r.suite, mirror)
 	if err != nil {
 		return kernel{}, err
 	}
-	files, err := a.download()
+	files, err := a.download(ctx)
 	if err != nil {
-		return kernel{}, fmt.Errorf("kernel %s of %s: %w", r.name, r.suite, err)
+		return kernel{}, fmt.Errorf("kernel %s, from %s of %s: %w", r.name, r.suite, a.mirror, err)
 	}
 	fetched := filepath.Join(dir, "apt", "root")
 	for _, file := range files {
-		if _, err := command(nil, "dpkg-deb", "-x", file, fetched); err != nil {
+		if _, err := command(ctx, nil, "dpkg-deb", "-x", file, fetched); err != nil {
 			return kernel{}, err
 		}
 		if err := os.Remove(file); err != nil {
@@ -70,7 +94,7 @@ func (r release) fetch(cache, mirror string) (kernel, error) {
 		return kernel{}, err
 	}
 	// The package's script would do that, in the machine's own directories.
-	if _, err := command(nil, "depmod", "-b", strings.TrimSuffix(lib, filepath.Join("lib/modules", filepath.Base(lib))), filepath.Base(lib)); err != nil {
+	if _, err := command(ctx, nil, "depmod", "-b", strings.TrimSuffix(lib, filepath.Join("lib/modules", filepath.Base(lib))), filepath.Base(lib)); err != nil {
 		return kernel{}, err
 	}
 	// Renamed last: what has this name is whole.
@@ -107,16 +131,17 @@ func modulesIn(root string) (string, error) {
 // apt fetches packages of one suite, checks their signatures, and leaves the
 // machine's own configuration alone.
 type apt struct {
-	dir string
-	env []string
+	dir    string
+	mirror string
+	env    []string
 }
 
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-func newApt(dir, suite, mirror string) (*apt, error) {
+func newApt(ctx context.Context, dir, suite, mirror string) (*apt, error) {
 	if mirror == "" {
 		var err error
-		if mirror, err = ownMirror(); err != nil {
+		if mirror, err = ownMirror(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -134,6 +159,9 @@ Dir::Etc::sourcelist "%[1]s/sources.list";
 Dir::Etc::sourceparts "-";
 Dir::Etc::preferencesparts "-";
 Acquire::Languages "none";
+Acquire::Retries "3";
+Acquire::http::Timeout "30";
+Acquire::https::Timeout "30";
 APT::Sandbox::User "root";
 `, dir)
 	source := fmt.Sprintf("deb [target=Packages signed-by=%s] %s %s main\n", keyring, mirror, suite)
@@ -142,15 +170,15 @@ APT::Sandbox::User "root";
 			return nil, err
 		}
 	}
-	return &apt{dir, append(os.Environ(), "LC_ALL=C", "APT_CONFIG="+filepath.Join(dir, "apt.conf"))}, nil
+	return &apt{dir, mirror, append(os.Environ(), "LC_ALL=C", "APT_CONFIG="+filepath.Join(dir, "apt.conf"))}, nil
 }
 
 var errNoMirror = errors.New("none of this machine's package sources is a mirror of Debian: name one, as in make vm MIRROR=URL")
 
 // ownMirror is the mirror of Debian that this machine has its packages from.
-func ownMirror() (string, error) {
+func ownMirror(ctx context.Context) (string, error) {
 	// Whose archive it is could be told only after an apt-get update.
-	out, err := command(nil, "apt-get", "indextargets", "--no-release-info", "--format", "$(COMPONENT) $(REPO_URI)", "Identifier: Packages")
+	out, err := command(ctx, nil, "apt-get", "indextargets", "--no-release-info", "--format", "$(COMPONENT) $(REPO_URI)", "Identifier: Packages")
 	if err != nil {
 		return "", err
 	}
@@ -169,12 +197,33 @@ const meta = "linux-image-cloud-amd64"
 // Since Linux 7 the image and the modules have packages of their own.
 var wanted = regexp.MustCompile(`^linux-(image|binary|modules)-[0-9].*-cloud-amd64$`)
 
+// attempts at a download, and what is waited between them: a mirror that is
+// being updated lists what it has no more, or not yet.
+const attempts = 3
+
+var pause = 10 * time.Second
+
 // download returns the files with the newest kernel of the suite.
-func (a *apt) download() ([]string, error) {
-	if _, err := command(a.env, "apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"); err != nil {
+func (a *apt) download(ctx context.Context) (files []string, err error) {
+	for n := range attempts {
+		if n > 0 {
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+		}
+		if files, err = a.tryDownload(ctx); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return files, err
+}
+
+func (a *apt) tryDownload(ctx context.Context) ([]string, error) {
+	if _, err := command(ctx, a.env, "apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"); err != nil {
 		return nil, err
 	}
-	out, err := command(a.env, "apt-cache", "depends", "--recurse", "--important", meta)
+	out, err := command(ctx, a.env, "apt-cache", "depends", "--recurse", "--important", meta)
 	if err != nil {
 		return nil, err
 	}
@@ -187,24 +236,40 @@ func (a *apt) download() ([]string, error) {
 	if len(packages) == 0 {
 		return nil, fmt.Errorf("%s depends on no kernel", meta)
 	}
-	debs := filepath.Join(a.dir, "debs")
-	cmd := exec.Command("apt-get", append([]string{"download", "-q"}, packages...)...)
+	debs, err := os.MkdirTemp(a.dir, "debs-")
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, "apt-get", append([]string{"download", "-q"}, packages...)...)
 	cmd.Dir, cmd.Env = debs, a.env
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("apt-get download: %w\n%s", err, out)
+	if _, err := output(ctx, cmd); err != nil {
+		return nil, err
 	}
 	return filepath.Glob(filepath.Join(debs, "*.deb"))
 }
 
+// patience is how long a mirror may take for a kernel.
+func patience(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, d, fmt.Errorf("it has not come within %v: name another mirror of Debian, as in make vm MIRROR=URL", d))
+}
+
 // command runs a program and returns its output, or an error with all that it
 // said.
-func command(env []string, name string, args ...string) (string, error) {
-	cmd := exec.Command(name, args...)
+func command(ctx context.Context, env []string, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = env
+	return output(ctx, cmd)
+}
+
+func output(ctx context.Context, cmd *exec.Cmd) (string, error) {
+	cmd.WaitDelay = 5 * time.Second // what it started may have its output open
 	var out, said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w\n%s%s", name, err, out.Bytes(), said.Bytes())
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return "", fmt.Errorf("%s: %w\n%s%s", filepath.Base(cmd.Path), err, out.Bytes(), said.Bytes())
 	}
 	return out.String(), nil
 }

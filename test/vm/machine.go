@@ -28,8 +28,8 @@ type machine struct {
 	silence time.Duration // longer than this without an event, and it hangs
 }
 
-// accelerators are what to try, in this order: the processor's own
-// virtualization where there is one, then emulation.
+// accelerators are what to try, in this order, until a machine starts: the
+// processor's own virtualization where there is one, then emulation.
 func accelerators() []string {
 	cpu, err := os.ReadFile("/proc/cpuinfo")
 	// There may be a /dev/kvm that nothing runs with, in a guest for example.
@@ -37,13 +37,24 @@ func accelerators() []string {
 	if able && unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil {
 		return []string{"kvm", "tcg"}
 	}
-	return []string{"tcg"}
+	return []string{"tcg", "tcg"}
 }
 
 // cpus are the processors of the machines. Emulated, cmpxchg16b now and then
 // leaves flags that are none (seen with QEMU 7.2: Linux 6.12, which allocates
 // memory by it, then dies of a double fault).
 var cpus = map[string]string{"kvm": "max", "tcg": "max,cx16=off"}
+
+// args are those of the kernel's command line for an emulated machine. While
+// this one is busy that gets no time: the kernel would take its timer for broken,
+// and its processors for hanging. Silence is what tells, and the time limit of the
+// tests.
+func (m *machine) args() string {
+	if m.accel == "kvm" {
+		return ""
+	}
+	return " no_timer_check rcupdate.rcu_cpu_stall_timeout=300 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=600 " + m.kernel.args
+}
 
 // errSilent: the machine has not said a word, so it has done nothing.
 var errSilent = errors.New("the machine has not started")
@@ -62,7 +73,7 @@ func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 		"-kernel", m.kernel.image, "-initrd", m.image,
 		// A kernel in trouble restarts, which -no-reboot makes the end. One that is not
 		// run for a while, because the host has other things to do, is in none.
-		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240")
+		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240"+m.args())
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
@@ -139,7 +150,7 @@ func (m *machine) complaint() string {
 }
 
 // boot makes the machine of a kernel in dir and runs it: emulated, if it does
-// not start otherwise.
+// not start otherwise, and once more if it does not start at all.
 func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, on func(guest.Event)) (*machine, error) {
 	m := &machine{
 		kernel: k, image: filepath.Join(dir, "image"), silence: silence,
@@ -151,7 +162,7 @@ func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Or
 	}
 	defer os.Remove(m.image)
 	buffered := bufio.NewWriterSize(f, 1<<20)
-	if err := errors.Join(b.image(buffered, k, source, o), buffered.Flush(), f.Close()); err != nil {
+	if err := errors.Join(b.image(ctx, buffered, k, source, o), buffered.Flush(), f.Close()); err != nil {
 		return m, err
 	}
 	for _, m.accel = range accelerators() {

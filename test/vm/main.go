@@ -36,13 +36,14 @@ func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("vm", flag.ExitOnError)
 	names := flags.String("kernels", "", "`LIST` of kernels, as in \"6.1 6.12\"; all that are supported if empty")
 	set := flags.String("set", "all", "which tests: all, or ci, which takes a few minutes")
-	only := flags.String("package", "", "the tests of one `PACKAGE` only")
+	only := flags.String("package", "", "the tests of these `PACKAGES` only, as in \"loader ./sockets\"")
 	pattern := flags.String("run", "", "only tests that match this regular expression")
 	mirror := flags.String("mirror", "", "`URL` of a mirror of Debian, if not among this machine's package sources")
 	docs := flags.String("docs", "", "write the results as a table to this `FILE`")
 	usable := flags.Bool("usable", false, "only say, by the exit code, whether this machine itself can run privileged tests")
 	verbose := flags.Bool("v", false, "print all that the tests say")
 	silence := flags.Duration("silence", 10*time.Minute, "a machine that says nothing for so long hangs")
+	longest := flags.Duration("patience", 15*time.Minute, "a mirror that takes longer for a kernel is given up")
 	flags.Parse(args)
 	if *usable {
 		if err := testnet.Usable(); err != nil {
@@ -54,7 +55,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	plan, err := newPlan(*set, *only, *pattern)
+	plan, err := newPlan(ctx, *set, *only, *pattern)
 	if err != nil {
 		return err
 	}
@@ -67,10 +68,15 @@ func run(ctx context.Context, args []string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
+	if err := claim(cache); err != nil {
+		return err
+	}
 	var kernels []kernel
 	for _, r := range chosen {
 		fmt.Printf("vm: kernel %s (%s)\n", r.name, r.suite)
-		k, err := r.fetch(cache, *mirror)
+		within, cancel := patience(ctx, *longest)
+		k, err := r.fetch(within, cache, *mirror)
+		cancel()
 		if errors.Is(err, errNoMirror) && *set == "ci" && os.Getenv("CI") != "true" {
 			fmt.Println("vm: left out:", err)
 			return nil
@@ -81,7 +87,7 @@ func run(ctx context.Context, args []string) error {
 		kernels = append(kernels, k)
 	}
 	fmt.Println("vm: compile the tests")
-	b, err := build(dir, plan.packages(chosen))
+	b, err := build(ctx, dir, plan.packages(chosen))
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/u-root/u-root/pkg/cpio"
+	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/test/vm/guest"
 )
@@ -55,6 +57,108 @@ func TestChoose(t *testing.T) {
 		if got := names(list); got != want {
 			t.Errorf("%q: %s, want %s", list, got, want)
 		}
+	}
+}
+
+// fakes are apt and what unpacks, as scripts. $MIRROR is the test's directory.
+var fakes = map[string]string{
+	"apt-get": `case "$*" in
+update*) echo >>$MIRROR/updates ;;
+download*) . $MIRROR/download ;;
+esac`,
+	"apt-cache": `echo "  linux-image-6.1.0-1-cloud-amd64"`,
+	"dpkg-deb":  `mkdir -p $3/boot $3/lib/modules/6.1.0-1; echo >$3/boot/vmlinuz-6.1.0-1`,
+	"depmod":    `:`,
+}
+
+// A kernel that the mirror has no more, or does not deliver, is asked for again,
+// or is an error that says what to do; what an earlier fetch left does not count.
+func TestFetch(t *testing.T) {
+	defer func(d time.Duration) { pause = d }(pause)
+	pause = 0
+	const got = "echo >linux-image.deb\n"
+	for _, test := range []struct {
+		name, download string
+		updates        int
+		want           string // of the error
+	}{
+		{"at once", got, 1, ""},
+		{"gone from the mirror since", "[ $(wc -l <$MIRROR/updates) -gt 1 ] || { echo '404 Not Found'; exit 100; }\n" + got, 2, ""},
+		{"gone", "echo '404 Not Found'; exit 100", 3, "kernel 6.1, from bookworm of http://mirror/debian: apt-get: exit status 100\n404 Not Found\n"},
+		{"slow", "cancel; exec sleep 100", 1, "kernel 6.1, from bookworm of http://mirror/debian: apt-get: too slow\n"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			programs := maps.Clone(fakes)
+			programs["cancel"] = "echo >$MIRROR/fifo"
+			for name, text := range programs {
+				must(t, os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+text+"\n"), 0o755))
+			}
+			must(t, os.WriteFile(filepath.Join(dir, "download"), []byte(test.download), 0o644))
+			must(t, unix.Mkfifo(filepath.Join(dir, "fifo"), 0o600))
+			t.Setenv("MIRROR", dir)
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			cache := filepath.Join(dir, "cache")
+			must(t, os.MkdirAll(filepath.Join(cache, "bookworm/apt/root/lib/modules/5.0"), 0o755)) // of a fetch that was killed
+
+			ctx, cancel := context.WithCancelCause(context.Background())
+			defer cancel(nil)
+			if test.name == "slow" {
+				go func() {
+					os.ReadFile(filepath.Join(dir, "fifo"))
+					cancel(errors.New("too slow"))
+				}()
+			}
+			r := release{name: "6.1", suite: "bookworm"}
+			k, err := r.fetch(ctx, cache, "http://mirror/debian")
+			said := ""
+			if err != nil {
+				said = err.Error()
+			} else if base := filepath.Base(k.modules); base != "6.1.0-1" {
+				t.Errorf("fetched %s", base)
+			}
+			if said != test.want {
+				t.Errorf("said %q\nwant %q", said, test.want)
+			}
+			updates, err := os.ReadFile(filepath.Join(dir, "updates"))
+			must(t, err)
+			if len(updates) != test.updates {
+				t.Errorf("%d times an update, want %d", len(updates), test.updates)
+			}
+			if test.want != "" {
+				return
+			}
+			if _, err := r.fetch(ctx, cache, "http://mirror/debian"); err != nil {
+				t.Error(err)
+			}
+			if again, err := os.ReadFile(filepath.Join(dir, "updates")); err != nil || len(again) != test.updates {
+				t.Errorf("what is in the cache is fetched again: %v", err)
+			}
+		})
+	}
+}
+
+// Two runs at once would write the same files.
+func TestClaim(t *testing.T) {
+	cache := t.TempDir()
+	dir, err := os.Open(cache)
+	must(t, err)
+	defer dir.Close()
+	must(t, unix.Flock(int(dir.Fd()), unix.LOCK_EX))
+	if err := claim(cache); err == nil || !strings.Contains(err.Error(), "in use by another") {
+		t.Errorf("claimed with %v", err)
+	}
+	must(t, unix.Flock(int(dir.Fd()), unix.LOCK_UN))
+	must(t, claim(cache))
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK {
+		t.Errorf("another claim ends with %v", err)
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -153,12 +257,14 @@ func TestMachineEnds(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-			m := machine{console: filepath.Join(dir, "console"), accel: "tcg", silence: 5 * time.Second}
-			if test.name != "hang" {
-				m.silence = time.Minute
-			}
+			m := machine{console: filepath.Join(dir, "console"), accel: "tcg", silence: time.Minute}
 			c := collector{done: func(*outcome) {}}
-			err := m.run(context.Background(), c.on)
+			err := m.run(context.Background(), func(e guest.Event) {
+				if test.name == "hang" {
+					m.silence = time.Second // from the next event on
+				}
+				c.on(e)
+			})
 			got := ""
 			if err != nil {
 				got = err.Error()
