@@ -23,7 +23,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # What each kind of work needs: a command that must be there = the package it is in.
 BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
-               haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux \
+               haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux ip=iproute2 \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
 VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                perl=perl-base unshare=util-linux \
@@ -55,12 +55,15 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx, and som
 	@$(MAKE) --no-print-directory generated style
 	@if $(GO) run ./test/vm -usable; then \
 		set -x; $(GO) run ./test/vm -set ci -kernels "6.1 6.12" $(VM_FLAGS); \
-		$(GO) test -count=1 -timeout=30m ./...; \
+		$(GO) test -count=1 -timeout=30m ./...; $(KUBERNETES) test -count=1 ./...; \
 	else \
 		set -x; $(GO) run ./test/vm -kernels 6.12 $(VM_FLAGS); \
 		$(GO) run ./test/vm -set ci -kernels 6.1 $(VM_FLAGS); \
-		RPSEL_TEST_ELSEWHERE=1 $(GO) test -count=1 -timeout=30m ./...; \
+		export RPSEL_TEST_ELSEWHERE=1; $(GO) test -count=1 -timeout=30m ./...; $(KUBERNETES) test -count=1 ./...; \
 	fi
+
+# A module of its own, whose go.mod follows the main one.
+KUBERNETES := GOFLAGS=-mod=mod $(GO) -C test/kubernetes
 
 # A mirror of Debian, where this machine's package sources have none.
 VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
@@ -120,6 +123,8 @@ style: ## gofmt, clang-format, vet and staticcheck; part of test
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h test/bench/*.c
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	$(KUBERNETES) vet ./...
+	staticcheck=$$($(GO) tool -n staticcheck); cd test/kubernetes; GOFLAGS=-mod=mod $$staticcheck ./...
 
 .PHONY: lint
 lint: style ## style, and the race detector on packages with goroutines

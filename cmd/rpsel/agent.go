@@ -50,8 +50,9 @@ while it has a service is attached again. "rpsel check --config" looks for
 mistakes.
 
 Listeners are reported by programs on a cgroup2 directory. Where another tool's
-program there leaves no place for them, or there is no cgroup2, the agent asks
-for new sockets four times a second instead; "rpsel status" says so, and why.`,
+program there leaves no place for them, there is no cgroup2, or processes are
+outside of the agent's cgroup namespace, the agent asks for new sockets four times
+a second instead; "rpsel status" says so, and why.`,
 		Example: `  rpsel agent
   rpsel agent --config services.toml -v`,
 		Args: noArgs,

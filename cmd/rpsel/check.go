@@ -273,19 +273,25 @@ func (c *checker) jit() {
 // cgroup2 finds the hierarchy that run and confirm reply need, and the agent to be told of listeners.
 func (c *checker) cgroup2(k kernel) {
 	own, err := cgroup.Own()
-	if err != nil {
-		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%v", err)
-		return
+	root := ""
+	if err == nil {
+		root, err = cgroup.Root()
 	}
-	old, err := cgroup.OldControllers()
+	if err == nil {
+		err = cgroup.Everybody(root)
+	}
+	old := false
+	if err == nil {
+		old, err = cgroup.OldControllers()
+	}
+	ok, detail := err == nil, own
 	switch {
 	case err != nil:
-		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%v", err)
+		detail = err.Error()
 	case old && !k.atLeast(5, 15):
-		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", false, "%s, but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15", own)
-	default:
-		c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", true, "%s", own)
+		ok, detail = false, own+", but net_cls or net_prio of cgroup v1 is mounted: needs Linux 5.15"
 	}
+	c.note("cgroup2", "run; attach --confirm reply; agent, or it polls", ok, "%s", detail)
 }
 
 // kernel is the running one.

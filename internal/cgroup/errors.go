@@ -18,6 +18,8 @@ var (
 	// ErrOutside: cgroup2 is mounted, but the caller's cgroup is not below a
 	// mount point: its cgroup namespace and the mount do not fit together.
 	ErrOutside = errors.New("cgroup is not visible in any cgroup2 mount")
+	// ErrBeside: a process that can be seen is in no cgroup of this namespace.
+	ErrBeside = errors.New("it is outside of this cgroup namespace")
 	// ErrReadOnly: cgroup2 is mounted read-only, as in most containers.
 	ErrReadOnly = errors.New("cgroup2 is mounted read-only")
 	// ErrNotCgroup2: a path is not a directory of a cgroup2 file system.

@@ -114,3 +114,20 @@ func TestOldControllers(t *testing.T) {
 		})
 	}
 }
+
+func TestOutside(t *testing.T) {
+	for _, test := range []struct {
+		cgroups string
+		want    bool
+	}{
+		{"0::/\n", false},
+		{"4:memory:/../x\n0::/user.slice/..x\n", false},
+		{"0::/../x\n", true},
+		{"1:name=systemd:/\n0::/../../x\n", true},
+		{"4:memory:/x\n", false},
+	} {
+		if got := outside(test.cgroups); got != test.want {
+			t.Errorf("%q: %t", test.cgroups, got)
+		}
+	}
+}

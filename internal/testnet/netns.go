@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -28,6 +29,8 @@ type NetNS struct {
 	handle netns.NsHandle
 	cookie uint64
 	starts chan func() // run in the namespace, on a thread that lives as long as it
+	// elsewhere: that thread starts commands in another pid namespace.
+	elsewhere bool
 
 	mu       sync.Mutex
 	nextPort int // of the clients
@@ -68,6 +71,10 @@ func New(t testing.TB) *NetNS {
 	return n
 }
 
+// init keeps the tests off the main thread, which does not end with a goroutine
+// that is locked to it: it would stay in a test's namespace, and keep that.
+func init() { runtime.LockOSThread() }
+
 // unshare moves the calling thread into a namespace of its own.
 func (n *NetNS) unshare() (err error) {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -91,23 +98,44 @@ func (n *NetNS) unshare() (err error) {
 func Pair(t testing.TB) (a, b *NetNS) {
 	t.Helper()
 	a, b = New(t), New(t)
-	atA, err := netlink.NewHandleAt(a.handle, unix.NETLINK_ROUTE)
+	for i, n := range []*NetNS{a, b} {
+		n.IPv4 = netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})
+		n.IPv6 = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 15: byte(i + 1)})
+	}
+	end := func(n *NetNS) End { return End{n, "veth", []string{n.IPv4.String() + "/24", n.IPv6.String() + "/64"}} }
+	Cable(t, end(a), end(b))
+	return a, b
+}
+
+// End is an end of a cable: the device that it makes in a namespace, and its
+// addresses, with the lengths of their prefixes.
+type End struct {
+	NS     *NetNS
+	Device string
+	Addrs  []string
+}
+
+// cables is how many there have been.
+var cables atomic.Int32
+
+// Cable connects two namespaces. It returns when packets get through.
+func Cable(t testing.TB, a, b End) {
+	t.Helper()
+	atA, err := netlink.NewHandleAt(a.NS.handle, unix.NETLINK_ROUTE)
 	must(t, err)
 	defer atA.Close()
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "veth"
-	attrs.Index = 100 // unlike its peer's, else the carrier may wait a second (linkwatch_urgent_event)
-	must(t, atA.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "veth", PeerNamespace: netlink.NsFd(b.handle)}))
-	ends := []*NetNS{a, b}
-	for i, n := range ends {
-		n.IPv4 = netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})
-		n.IPv6 = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 15: byte(i + 1)})
-		links, err := netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE)
+	attrs.Name = a.Device
+	attrs.Index = 100 + int(cables.Add(1)) // unlike its peer's, else the carrier may wait a second (linkwatch_urgent_event)
+	must(t, atA.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: b.Device, PeerNamespace: netlink.NsFd(b.NS.handle)}))
+	ends := []End{a, b}
+	for _, e := range ends {
+		links, err := netlink.NewHandleAt(e.NS.handle, unix.NETLINK_ROUTE)
 		must(t, err)
 		defer links.Close()
-		veth, err := links.LinkByName("veth")
+		veth, err := links.LinkByName(e.Device)
 		must(t, err)
-		for _, prefix := range []string{n.IPv4.String() + "/24", n.IPv6.String() + "/64"} {
+		for _, prefix := range e.Addrs {
 			addr, err := netlink.ParseAddr(prefix)
 			must(t, err)
 			addr.Flags = unix.IFA_F_NODAD // usable at once
@@ -115,20 +143,19 @@ func Pair(t testing.TB) (a, b *NetNS) {
 		}
 		must(t, links.LinkSetUp(veth))
 	}
-	for _, n := range ends {
-		n.awaitCarrier(t)
+	for _, e := range ends {
+		e.awaitCarrier(t)
 	}
-	return a, b
 }
 
 // awaitCarrier returns when packets get through the cable.
-func (n *NetNS) awaitCarrier(t testing.TB) {
+func (e End) awaitCarrier(t testing.TB) {
 	t.Helper()
-	links, err := netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE)
+	links, err := netlink.NewHandleAt(e.NS.handle, unix.NETLINK_ROUTE)
 	must(t, err)
 	defer links.Close()
 	for {
-		veth, err := links.LinkByName("veth")
+		veth, err := links.LinkByName(e.Device)
 		must(t, err)
 		if veth.Attrs().OperState == netlink.OperUp {
 			return
@@ -169,11 +196,32 @@ func (n *NetNS) Start(cmd *exec.Cmd) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	// Sent when the starting thread ends, hence the long-lived one.
-	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	err := make(chan error)
-	n.starts <- func() { err <- cmd.Start() }
+	n.starts <- func() {
+		// Sent when the starting thread ends, hence the long-lived one. Who does
+		// not see his parent takes it for dead (forkAndExecInChild1).
+		if !n.elsewhere {
+			cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+		}
+		err <- cmd.Start()
+	}
 	return <-err
+}
+
+// StartIn makes Start start its commands in the pid namespace of a process, too,
+// which this process's one has to contain. They end with the first process of that.
+func (n *NetNS) StartIn(pid int) error {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/pid", pid))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	done := make(chan error)
+	n.starts <- func() {
+		n.elsewhere = pid != os.Getpid()
+		done <- os.NewSyscallError("setns", unix.Setns(int(ns.Fd()), unix.CLONE_NEWPID))
+	}
+	return <-done
 }
 
 // Cmd is an exec.Cmd that runs in a network namespace.

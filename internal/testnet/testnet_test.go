@@ -7,7 +7,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
@@ -223,5 +225,24 @@ func TestLeaks(t *testing.T) {
 	close(end)
 	if err := leaks(before, patience); err != nil {
 		t.Error(err)
+	}
+}
+
+// The main thread is in no test's namespace.
+func TestMainThread(t *testing.T) {
+	before, err := os.Readlink("/proc/self/ns/net")
+	must(t, err)
+	ns := New(t)
+	var all sync.WaitGroup
+	for range 200 {
+		all.Go(func() {
+			if err := ns.Do(func() error { time.Sleep(time.Millisecond); return nil }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if now, err := os.Readlink("/proc/self/ns/net"); err != nil || now != before {
+		t.Errorf("the main thread is in %s, not in %s: %v", now, before, err)
 	}
 }

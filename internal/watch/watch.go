@@ -47,8 +47,9 @@ type Watcher struct {
 // the Watcher, or when the process ends in whatever way. The caller closes it.
 //
 // Errors: sockets.ErrPermission, sockets.ErrUnsupported, and of package cgroup
-// ErrNoCgroup2, ErrOutside, ErrNotCgroup2 and ErrOccupied, which names the
-// program of another tool that leaves no place for ours.
+// ErrNoCgroup2, ErrOutside, ErrNotCgroup2, ErrBeside ("" only: there is a process
+// whose listeners would not be seen), and ErrOccupied, which names the program of
+// another tool that leaves no place for ours.
 //
 // Where the cgroup v1 controllers net_cls or net_prio are in use, Linux before
 // 5.15 takes all sockets for the root's (see cgroup.OldControllers).
@@ -56,6 +57,9 @@ func Open(cgroupDir string) (*Watcher, error) {
 	if cgroupDir == "" {
 		root, err := cgroup.Root()
 		if err != nil {
+			return nil, fmt.Errorf("watch: %w", err)
+		}
+		if err := cgroup.Everybody(root); err != nil {
 			return nil, fmt.Errorf("watch: %w", err)
 		}
 		cgroupDir = root

@@ -245,7 +245,7 @@ func TestMachineEnds(t *testing.T) {
 	for _, test := range []struct{ name, script, want string }{
 		{"done", "echo 'SeaBIOS'\n" + up + event(guest.Event{Done: true}), ""},
 		{"panic", up + "echo 'Kernel panic - not syncing: Out of memory' > console", "it ended before its time; the end of its console:\nKernel panic - not syncing: Out of memory"},
-		{"hang", up + "exec sleep 100", "nothing came for 5s, so it was killed; the end of its console:\n"},
+		{"hang", up + "exec sleep 100", "nothing came for 1s, so it was killed; the end of its console:\n"},
 		{"never up", "echo 'double fault' > console", "the machine has not started: it ended before its time; the end of its console:\ndouble fault"},
 		{"cannot start", "echo 'no such machine' >&2; exit 1", "the machine has not started: qemu: exit status 1 no such machine; the end of its console:\n"},
 		{"init in trouble", up + event(guest.Event{Broken: "load /x.ko: exec format error"}) + event(guest.Event{Done: true}), "load /x.ko: exec format error"},
