@@ -55,15 +55,16 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx, and som
 	@$(MAKE) --no-print-directory generated style
 	@if $(GO) run ./test/vm -usable; then \
 		set -x; $(GO) run ./test/vm -set ci -kernels "6.1 6.12" $(VM_FLAGS); \
-		$(GO) test -count=1 -timeout=30m ./...; $(KUBERNETES) test -count=1 ./...; \
+		$(TESTS); \
 	else \
 		set -x; $(GO) run ./test/vm -kernels 6.12 $(VM_FLAGS); \
 		$(GO) run ./test/vm -set ci -kernels 6.1 $(VM_FLAGS); \
-		export RPSEL_TEST_ELSEWHERE=1; $(GO) test -count=1 -timeout=30m ./...; $(KUBERNETES) test -count=1 ./...; \
+		export RPSEL_TEST_ELSEWHERE=1; $(TESTS); \
 	fi
 
-# A module of its own, whose go.mod follows the main one.
-KUBERNETES := GOFLAGS=-mod=mod $(GO) -C test/kubernetes
+# What rpsel itself is not to depend on is in modules of their own.
+MODULES := . examples/quic test/kubernetes
+TESTS    = for m in $(MODULES); do $(GO) test -C $$m -count=1 -timeout=30m ./...; done
 
 # A mirror of Debian, where this machine's package sources have none.
 VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
@@ -116,15 +117,18 @@ generated: # fail if the committed objects are not what the C compiles to
 		git status --short bpf test/bench >&2; exit 1; \
 	fi
 
+.PHONY: api
+api: ## write api.txt: the Go API, which a test compares
+	@$(call need,$(BUILD_NEEDS))
+	$(GO) run ./internal/api api.txt
+
 .PHONY: style
 style: ## gofmt, clang-format, vet and staticcheck; part of test
 	@$(call need,$(STYLE_NEEDS))
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h test/bench/*.c
-	$(GO) vet ./...
-	$(GO) tool staticcheck ./...
-	$(KUBERNETES) vet ./...
-	staticcheck=$$($(GO) tool -n staticcheck); cd test/kubernetes; GOFLAGS=-mod=mod $$staticcheck ./...
+	@staticcheck=$$($(GO) tool -n staticcheck); set -x; \
+	for m in $(MODULES); do (cd $$m; $(GO) vet ./...; $$staticcheck ./...); done
 
 .PHONY: lint
 lint: style ## style, and the race detector on packages with goroutines

@@ -55,17 +55,20 @@ var errAffinity = fmt.Errorf("use flow, client, bytes:OFFSET,LENGTH (of the payl
 
 // UnmarshalText takes flow, client, none or bytes:OFFSET,LENGTH.
 func (a *Affinity) UnmarshalText(text []byte) error {
-	given := Affinity(text)
-	offset, length := given.bytes()
-	switch {
-	case given == AffinityFlow, given == AffinityClient, given == AffinityNone:
-		*a = given
-		return nil
-	case length == 0:
+	given := Affinity(text).canonical()
+	if _, length := given.bytes(); length == 0 && given != AffinityFlow && given != AffinityClient && given != AffinityNone {
 		return errAffinity
 	}
-	*a = AffinityBytes(offset, length)
+	*a = given
 	return nil
+}
+
+// canonical is the one way to write an affinity: bytes:00,4 is bytes:0,4.
+func (a Affinity) canonical() Affinity {
+	if offset, length := a.bytes(); length > 0 {
+		return AffinityBytes(offset, length)
+	}
+	return a
 }
 
 // bytes returns where the bytes are that count; a length of 0, if they do not.

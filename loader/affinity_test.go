@@ -507,6 +507,10 @@ func TestFixed(t *testing.T) {
 			{loader.Options{Affinity: loader.AffinityClient, ClientPrefix: loader.ClientPrefix{V4: 24, V6: 64}},
 				"client prefix 24/64: fixed while attached, with 24/56" + detach},
 		}},
+		{"affinity bytes", loader.Options{Affinity: "bytes:00,04"}, []refusal{
+			{loader.Options{Affinity: "bytes:01,4"}, "affinity bytes:1,4: fixed while attached, with bytes:0,4" + detach},
+			{loader.Options{Affinity: "bytes:0,04x"}, "bytes:OFFSET,LENGTH"},
+		}},
 		{"first and confirm", loader.Options{Flows: 1000, Affinity: loader.AffinityFlow, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, []refusal{
 			{loader.Options{Flows: 2000}, "flows 2000: fixed while attached, with 1000"},
 			{loader.Options{Confirm: loader.ConfirmClient}, "confirm client: fixed while attached, with reply" + detach},

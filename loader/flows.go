@@ -10,6 +10,15 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
+// State is how far a flow has come: StateNew or StateEstablished.
+type State = maps.State
+
+// The states of a flow, see Confirm.
+const (
+	StateNew         = maps.New
+	StateEstablished = maps.Established
+)
+
 // Flow is a tracked flow.
 type Flow struct {
 	// Local is the group's address.
@@ -23,8 +32,7 @@ type Flow struct {
 	// Orphan tells that the listener died: the flow gets another one with its
 	// next packet.
 	Orphan bool
-	// State is maps.New or maps.Established.
-	State maps.State
+	State  State
 	// Age is how long ago the first packet came, Idle the last one, and Since
 	// how long the flow has had its present listener; in whole seconds.
 	Age, Idle, Since time.Duration
@@ -152,7 +160,7 @@ func (g *Group) CountFlows() (tracked, established int, err error) {
 
 // CountWhere counts the tracked flows that have not expired and for which match
 // returns true. It sees the slots of listeners that died, too.
-func (g *Group) CountWhere(match func(slot int, state maps.State) bool) (n int, err error) {
+func (g *Group) CountWhere(match func(slot int, state State) bool) (n int, err error) {
 	if g, err = g.current(); err != nil {
 		return 0, err
 	}

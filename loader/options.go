@@ -191,14 +191,16 @@ type Options struct {
 	// about 60 bytes each. Defaults to DefaultFlows. Fixed while attached.
 	Flows int
 	// Idle is how long an established flow may be silent before it is
-	// forgotten, one second to MaxIdle. Defaults to DefaultIdle.
+	// forgotten, one second to MaxIdle, rounded up to whole seconds. Defaults to
+	// DefaultIdle.
 	Idle time.Duration
 	// IdleNew is the same for a flow that is not confirmed. Defaults to
 	// DefaultIdleNew.
 	IdleNew time.Duration
 	// Settle is how long after the attach flows that look new are left where
 	// the kernel's hash has them: until then flows that began before the
-	// attach may not have been seen. Zero is DefaultSettle; negative is none.
+	// attach may not have been seen. At most MaxIdle, rounded up to whole seconds;
+	// zero is DefaultSettle, negative is none.
 	// Nothing settles with another affinity than AffinityFlow.
 	Settle time.Duration
 	// Affinity says what counts as the same client. Fixed while attached. With
@@ -261,7 +263,7 @@ func (s *state) checkFixed(key Key, o Options) error {
 	}
 	affinity, prefix := affinityOf(v)
 	for _, fixed := range []struct{ option, given, is string }{
-		{"affinity", string(o.Affinity), string(affinity)},
+		{"affinity", string(o.Affinity.canonical()), string(affinity)},
 		{"client prefix", o.ClientPrefix.String(), prefix.full().String()},
 		{"first", string(o.First), cmp.Or(string(firstOf(v)), "none")},
 		{"confirm", string(o.Confirm), string(confirmOf(v))},

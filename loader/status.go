@@ -14,12 +14,31 @@ import (
 // follow it; the last three are parts of Untracked and New. A run is not a
 // packet: a train of datagrams joined by GRO is one run.
 type Counters struct {
-	Runs, Hit, New, Rehomed, Untracked, Fallback, Migrated uint64
-	ParseError, TableFull, Evicted                         uint64
+	Runs uint64
+	// Hit: the flow was known, and its listener alive.
+	Hit uint64
+	// New: the flow was not known, and is from then on.
+	New uint64
+	// Rehomed: the flow was known, its listener dead, and it got another one.
+	Rehomed uint64
+	// Untracked: a listener was picked for this packet alone.
+	Untracked uint64
+	// Fallback: no listener could be picked, and the kernel's own hash did.
+	Fallback uint64
+	// Migrated: a TCP connection that a closing listener had not accepted got another.
+	Migrated uint64
+	// ParseError: untracked, since the packet could not be read.
+	ParseError uint64
+	// TableFull: untracked, since there was no room.
+	TableFull uint64
+	// Evicted: new, in the place of another new flow.
+	Evicted uint64
 }
 
 // Listener is what there is to say of a registered listener.
 type Listener struct {
+	// Slot is its place in the group, from 0 on, and Cookie the number of its
+	// socket (SO_COOKIE). A slot is another listener's once its own is dead.
 	Slot   int
 	Cookie uint64
 	// PID and Command are of a process that holds the socket now, or of the
@@ -33,7 +52,8 @@ type Listener struct {
 	State string
 	// Weight is its share of new flows, relative to the others'; 0 while it
 	// drains.
-	Weight     int
+	Weight int
+	// Generation is the batch of processes that it came with, see PolicyNewest.
 	Generation int
 	// Flows is how many tracked flows it has.
 	Flows int
@@ -61,6 +81,7 @@ const RecentTime = 10 * time.Second
 
 // Status is a group's state at one time.
 type Status struct {
+	// Key names the group.
 	Key Key
 	// NetNSInode is what people know the network namespace by; 0 if the group
 	// has no member.
@@ -69,7 +90,8 @@ type Status struct {
 	Attached bool
 	// Age is how long ago the group's state was made, in whole seconds; half a year
 	// at most.
-	Age           time.Duration
+	Age time.Duration
+	// What it was attached with, or changed to since. Idle times are in whole seconds.
 	Policy        string
 	Confirm       Confirm
 	Affinity      Affinity
@@ -82,10 +104,14 @@ type Status struct {
 	// Generation is the newest.
 	Generation int
 	// Settling is how much longer the group settles, and Turning how much
-	// longer, at most, the newest generation waits for new flows.
-	Settling, Turning              time.Duration
+	// longer, at most, the newest generation waits for new flows; 0 if it does not.
+	Settling, Turning time.Duration
+	// Tracked is how many flows are known, Established how many of them are
+	// confirmed, and Capacity how many the table is made for.
 	Tracked, Established, Capacity int
-	Counters                       Counters
+	// Counters are those of the whole group since its state was made; an upgrade that
+	// changes them begins anew.
+	Counters Counters
 	// Listeners are sorted by slot, Unregistered in the kernel's order.
 	Listeners    []Listener
 	Unregistered []Unregistered

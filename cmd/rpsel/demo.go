@@ -72,6 +72,12 @@ func runDemo(e *env, asJSON bool) error {
 	inside := self(args...)
 	inside.SysProcAttr.Cloneflags = unix.CLONE_NEWNET | unix.CLONE_NEWNS
 	inside.Stdout, inside.Stderr = e.out, e.err
+	if f, ok := terminal(e.out); ok {
+		inside.Stdout = f
+	}
+	if f, ok := terminal(e.err); ok {
+		inside.Stderr = f
+	}
 
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -120,7 +126,8 @@ func newDemoInsideCmd(e *env) *cobra.Command {
 			} else if err != nil {
 				return err
 			}
-			p := progress{e: e, rewrite: isTerminal(e.err)}
+			p := progress{e: e}
+			p.screen, _ = terminal(e.err)
 			result, err := demo.Run(ctx, demo.Options{
 				Flows:    affordable(demoFlows),
 				Listener: func(name string) *exec.Cmd { return self(demoListener, name) },
@@ -139,7 +146,7 @@ func newDemoInsideCmd(e *env) *cobra.Command {
 				}{schema, result})
 			}
 			bar := "#"
-			if isTerminal(e.out) {
+			if _, ok := terminal(e.out); ok {
 				bar = "█"
 			}
 			return drawDemo(e.out, result, bar)
@@ -174,18 +181,18 @@ func affordable(flows int) int {
 // progress tells what the demo does: one line that is rewritten on a terminal,
 // else one line a step.
 type progress struct {
-	e       *env
-	rewrite bool
-	width   int
+	e      *env
+	screen *os.File // nil: not a terminal
+	width  int
 }
 
 func (p *progress) step(text string) {
-	if !p.rewrite {
+	if p.screen == nil {
 		p.e.say("%s", text)
 		return
 	}
 	if !p.e.quiet {
-		fmt.Fprintf(p.e.err, "\r%-*s", p.width, text)
+		fmt.Fprintf(p.screen, "\r%-*s", p.width, text)
 		p.width = len(text)
 	}
 }
@@ -193,17 +200,8 @@ func (p *progress) step(text string) {
 // done wipes the line.
 func (p *progress) done() {
 	if p.width > 0 {
-		fmt.Fprintf(p.e.err, "\r%*s\r", p.width, "")
+		fmt.Fprintf(p.screen, "\r%*s\r", p.width, "")
 	}
-}
-
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 // barWidth is the length of a bar that stands for all flows.

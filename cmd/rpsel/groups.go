@@ -96,9 +96,18 @@ func (s *scope) keys(netns uint64) ([]loader.Key, error) {
 	return keys, nil
 }
 
-// open opens the scope's groups that have state; none is an error if the scope
-// names a port or an address. The caller closes them with closeAll.
-func (s *scope) open() (_ []*loader.Group, err error) {
+// open is openAny, but none is an error if the scope names a port or an address.
+func (s *scope) open() ([]*loader.Group, error) {
+	groups, err := s.openAny()
+	if err == nil && len(groups) == 0 && (s.port != 0 || s.addr.IsValid()) {
+		return nil, notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
+	}
+	return groups, err
+}
+
+// openAny opens the scope's groups that have state. The caller closes them with
+// closeAll.
+func (s *scope) openAny() (_ []*loader.Group, err error) {
 	netns, err := s.cookieOrAll()
 	if err != nil {
 		return nil, err
@@ -122,9 +131,6 @@ func (s *scope) open() (_ []*loader.Group, err error) {
 			return nil, err
 		}
 		groups = append(groups, g)
-	}
-	if len(groups) == 0 && (s.port != 0 || s.addr.IsValid()) {
-		return nil, notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
 	}
 	return groups, nil
 }

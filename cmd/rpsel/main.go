@@ -49,6 +49,14 @@ func (e *env) explain(format string, args ...any) {
 type plain struct{ w io.Writer }
 
 func (p plain) Write(text []byte) (int, error) {
+	if _, err := p.w.Write(harmless(text)); err != nil {
+		return 0, err
+	}
+	return len(text), nil
+}
+
+// harmless is text with a question mark for each byte that a terminal obeys.
+func harmless(text []byte) []byte {
 	shown := text
 	for i, b := range text {
 		// U+0080 to U+009F are control characters of two bytes.
@@ -63,10 +71,7 @@ func (p plain) Write(text []byte) (int, error) {
 			}
 		}
 	}
-	if _, err := p.w.Write(shown); err != nil {
-		return 0, err
-	}
-	return len(text), nil
+	return shown
 }
 
 // run executes one command line and returns the exit code.

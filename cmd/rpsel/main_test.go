@@ -106,6 +106,8 @@ func TestUsage(t *testing.T) {
 		{"flows --slot 4096", `--slot "4096": use a number from 0 to 4095`},
 		{"flows --pid 0", `--pid "0": use a number from 1 to`},
 		{"flows --client 10.0.0.0/33", `--client "10.0.0.0/33": use an address or a prefix`},
+		{"status --watch 5s", `--watch and "5s": write --watch=5s`},
+		{"status --watch=0", `--watch "0": use a duration from 100ms to 1h0m0s`},
 		{"upgrade 1194", `rpsel upgrade takes no argument, got "1194"`},
 		{"upgrade --flows 63", `--flows "63": use a number from 64 to 16777216`},
 		{"upgrade --dry-run=maybe", `--dry-run "maybe": use true or false`},

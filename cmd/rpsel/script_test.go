@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -63,6 +64,8 @@ func without() {
 // system of its own. Besides testscript's commands they have:
 //
 //	exits CODE COMMAND…          run a command that exits with this code
+//	interrupt N COMMAND…         run rpsel, interrupt it when it has printed so many
+//	                             lines, and expect that it takes that for its end
 //	await N PROTO PORT           wait until so many listeners are registered and
 //	                             have settled
 //	device NAME                  make a network interface
@@ -103,6 +106,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":     exits,
+			"interrupt": interrupt,
 			"device":    device,
 			"foreign":   inWorld((*world).foreign),
 			"await":     inWorld((*world).await),
@@ -203,6 +207,24 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	if code != want {
 		ts.Fatalf("exit code %d, want %d", code, want)
 	}
+}
+
+func interrupt(ts *testscript.TestScript, _ bool, args []string) {
+	lines, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	path, err := os.Executable()
+	ts.Check(err)
+	cmd := &exec.Cmd{Path: path, Args: args[1:], Stderr: ts.Stderr()}
+	pipe, err := cmd.StdoutPipe()
+	ts.Check(err)
+	ts.Check(cmd.Start())
+	for out := bufio.NewScanner(pipe); out.Scan(); lines-- {
+		fmt.Fprintln(ts.Stdout(), out.Text())
+		if lines == 1 {
+			ts.Check(cmd.Process.Signal(os.Interrupt))
+		}
+	}
+	ts.Check(cmd.Wait())
 }
 
 func device(ts *testscript.TestScript, _ bool, args []string) {
@@ -498,7 +520,7 @@ func TestExamples(t *testing.T) {
 			}
 			for line := range strings.Lines(cmd.Example) {
 				example := strings.TrimSpace(line)
-				run := regexp.MustCompile(`(?m)^(exec|exits \d) ` + regexp.QuoteMeta(example) + `( &\S*)?$`)
+				run := regexp.MustCompile(`(?m)^(exec|exits \d|interrupt \d+) ` + regexp.QuoteMeta(example) + `( &\S*)?$`)
 				if !run.MatchString(scripts.String()) {
 					t.Errorf("no script runs %q", example)
 				}

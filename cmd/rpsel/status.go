@@ -19,6 +19,7 @@ import (
 func newStatusCmd(e *env) *cobra.Command {
 	var s scope
 	var asJSON, noHeader bool
+	var every time.Duration
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show the sticky groups and their listeners",
@@ -27,12 +28,28 @@ func newStatusCmd(e *env) *cobra.Command {
 What is wrong with a group is said on standard error, and is in the "warnings" of
 --json. NEW/S is over the last 10 seconds. PACKETS counts runs of the program that chose
 the listener: a train of datagrams that GRO joined is one. RXQ and DROPS are the
-socket's own. CONNS, of TCP, are the connections that the listener has open now.`,
+socket's own. CONNS, of TCP, are the connections that the listener has open now.
+
+With --watch it is shown anew every so often, groups that come and go as well, until
+Ctrl-C. A terminal is redrawn, anything else gets block after block; with --json each
+time is a line. PACKETS/S is since the time before, and so are the histories of the
+whole group; SHARE is of the flows, of TCP connections, or of packets where neither
+is counted.`,
 		Example: `  rpsel status
   rpsel status --port 1194 -j
-  rpsel status -N all`,
-		Args: noArgs,
+  rpsel status -N all
+  rpsel status --port 1194 --watch
+  rpsel status --watch=500ms -j`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if every > 0 && len(args) > 0 {
+				return usageError("--watch and %q: write --watch=%[1]s", args[0])
+			}
+			return noArgs(cmd, args)
+		},
 		RunE: func(*cobra.Command, []string) error {
+			if every > 0 {
+				return watchStatus(e, &s, every, asJSON, noHeader)
+			}
 			groups, err := s.open()
 			if err != nil {
 				return err
@@ -56,12 +73,31 @@ socket's own. CONNS, of TCP, are the connections that the listener has open now.
 	addNoHeaderFlag(cmd, &noHeader)
 	addQuietFlag(cmd, e)
 	addVerboseFlag(cmd, e, "say why listeners are not registered")
+	cmd.Flags().VarP(durationValue{&every, 100 * time.Millisecond, time.Hour}, "watch", "w", "show it again and again, every `INTERVAL`")
+	cmd.Flags().Lookup("watch").NoOptDefVal = "2s"
 	return cmd
 }
 
 // printStatus prints groups as a table or as JSON, and says what should not be
 // overlooked.
 func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool) error {
+	s.warnOf(e, list)
+	if asJSON {
+		return writeJSON(e.out, s.statusJSON(list))
+	}
+	for i, status := range list {
+		if i > 0 {
+			fmt.Fprintln(e.out)
+		}
+		if err := s.writeStatus(e.out, status, !noHeader); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// warnOf says what should not be overlooked about groups.
+func (s *scope) warnOf(e *env, list []loader.Status) {
 	if s.agent != nil && s.agent.Mode == daemon.Polling {
 		e.warn("the agent (pid %d) polls for new listeners: %s", s.agent.PID, s.agent.Reason)
 	}
@@ -79,18 +115,6 @@ func (s *scope) printStatus(e *env, list []loader.Status, asJSON, noHeader bool)
 			e.explain("%s: %s: %s", name, socketName(u.Socket), reason(u))
 		}
 	}
-	if asJSON {
-		return writeJSON(e.out, s.statusJSON(list))
-	}
-	for i, status := range list {
-		if i > 0 {
-			fmt.Fprintln(e.out)
-		}
-		if err := s.writeStatus(e.out, status, !noHeader); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // alive tells whether the group has a socket.
@@ -108,6 +132,18 @@ func reason(u loader.Unregistered) string {
 
 // writeStatus prints one group for people.
 func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) error {
+	if _, err := fmt.Fprintln(w, s.title(status)); err != nil {
+		return err
+	}
+	t := statusTable(status, "PACKETS", func(l loader.Listener) string { return strconv.FormatUint(packets(l), 10) })
+	return t.write(w, header)
+}
+
+// packets is how many runs of the program chose the listener.
+func packets(l loader.Listener) uint64 { return l.Hit + l.New + l.Rehomed + l.Untracked + l.Migrated }
+
+// title is one line about a group.
+func (s *scope) title(status loader.Status) string {
 	affinity := string(status.Affinity)
 	if prefix := status.ClientPrefix.String(); prefix != "" {
 		affinity += " " + prefix
@@ -136,12 +172,14 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	if !status.Attached {
 		title += "  not attached"
 	}
-	if _, err := fmt.Fprintln(w, title); err != nil {
-		return err
-	}
+	return title
+}
+
+// statusTable has a row for each listener, and in one column what of says of it.
+func statusTable(status loader.Status, title string, of func(loader.Listener) string) table {
 	t := table{indent: "  ", columns: []column{
 		{"SLOT", true}, {"PID", true}, {"COMMAND", false}, {"STATE", false}, {"WEIGHT", true},
-		{"FLOWS", true}, {"NEW/S", true}, {"PACKETS", true}, {"RXQ", true}, {"DROPS", true},
+		{"FLOWS", true}, {"NEW/S", true}, {title, true}, {"RXQ", true}, {"DROPS", true},
 	}}
 	tcp := status.Key.Proto == sockets.TCP
 	if tcp {
@@ -149,7 +187,7 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 	}
 	for _, l := range status.Listeners {
 		cells := []string{strconv.Itoa(l.Slot), unlessZero(l.PID), l.Command, l.State, strconv.Itoa(l.Weight),
-			strconv.Itoa(l.Flows), rate(l.Recent), strconv.FormatUint(l.Hit+l.New+l.Rehomed+l.Untracked+l.Migrated, 10),
+			strconv.Itoa(l.Flows), rate(float64(l.Recent) / loader.RecentTime.Seconds()), of(l),
 			unlessNegative(l.RxQueue), unlessNegative(l.Drops)}
 		if tcp {
 			cells = append(cells, unlessNegative(l.Connections))
@@ -168,12 +206,11 @@ func (s *scope) writeStatus(w io.Writer, status loader.Status, header bool) erro
 		}
 		t.add(cells...)
 	}
-	return t.write(w, header)
+	return t
 }
 
-// rate is how many flows a second began in the last loader.RecentTime.
-func rate(recent int) string {
-	perSecond := float64(recent) / loader.RecentTime.Seconds()
+// rate writes how often a second something happens.
+func rate(perSecond float64) string {
 	if perSecond > 0 && perSecond < 10 {
 		return strconv.FormatFloat(perSecond, 'f', 1, 64)
 	}
@@ -197,6 +234,7 @@ func unlessNegative(n int) string {
 // statusJSON is the document that status and attach print with --json.
 type statusJSON struct {
 	Schema int               `json:"schema"`
+	Time   string            `json:"time,omitempty"` // with --watch
 	Groups []groupStatusJSON `json:"groups"`
 	Agent  *daemon.Info      `json:"agent,omitempty"` // only if one runs
 }
@@ -269,7 +307,7 @@ type listenerJSON struct {
 }
 
 func (s *scope) statusJSON(list []loader.Status) statusJSON {
-	document := statusJSON{schema, []groupStatusJSON{}, s.agent}
+	document := statusJSON{Schema: schema, Groups: []groupStatusJSON{}, Agent: s.agent}
 	for _, status := range list {
 		g := groupStatusJSON{
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -102,15 +103,18 @@ func (p *prober) round() int {
 	return len(p.rounds)
 }
 
-// finish returns when a round has all its answers, or none will come.
+// finish returns when a round and those before have all their answers, or none will
+// come: on a busy machine an answer may be slower than the next round's.
 func (p *prober) finish(number int) {
 	p.mu.Lock()
 	for len(p.rounds) <= number {
 		p.next.Wait()
 	}
-	round := p.rounds[number]
+	rounds := slices.Clone(p.rounds[:number+1])
 	p.mu.Unlock()
-	round.Wait()
+	for _, round := range rounds {
+		round.Wait()
+	}
 }
 
 // at is the server that answered a device in a finished round, 0 for none.

@@ -20,6 +20,7 @@ var leftOut = []leaving{
 	{"test/hosts", "", "needs ip(8) and a router's modules"},
 	{"test/model", "", "runs no program in a kernel"},
 	{"test/bench", "", "measures: emulation has another speed"},
+	{"internal/api", "", "asks the go command"},
 	{"test/vm", "", "would start machines in the machine"},
 	{"agent", "^TestLight$", "asks the go command"},
 	{"cmd/rpsel", "^TestKilledAtEveryStep$/.*/^[0-9]*[1-9]_", "but for each tenth step: all of them take hours, emulated"},
