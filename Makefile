@@ -24,6 +24,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
                haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux ip=iproute2 \
+               promtool=prometheus prometheus-node-exporter=prometheus-node-exporter curl=curl \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
 VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                perl=perl-base unshare=util-linux \
@@ -50,7 +51,7 @@ demo: ## plain Linux and rpsel side by side, in a network namespace of its own
 	./rpsel demo
 
 .PHONY: test
-test: ## all tests on this kernel, with real OpenVPN, HAProxy and nginx, and some under two others
+test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometheus, and some under two others
 	@$(call need,$(TEST_NEEDS) $(VM_NEEDS))
 	@$(MAKE) --no-print-directory generated style
 	@if $(GO) run ./test/vm -usable; then \

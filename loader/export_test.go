@@ -428,3 +428,9 @@ func (g *Group) Overlook(slot int, conn syscall.Conn) error {
 	g.Miscount(slot, g.Counted(slot)-1)
 	return control(conn, func(fd int) error { return g.state.own(fd, uint32(slot)) })
 }
+
+// Unseat leaves a slot as a registration does that the kernel refuses.
+func (g *Group) Unseat(slot uint32) error {
+	g.state.listeners.SetState(slot, maps.SlotFree)
+	return g.state.listeners.Unrecord(slot)
+}

@@ -342,14 +342,18 @@ func (g *Group) kernelOrder() ([]sockets.Socket, error) {
 // live finds the group in the kernel; without members, if there is none.
 func (g *Group) live() (sockets.Group, error) { return liveGroup(g.key) }
 
-// liveGroup prefers the group with a program. Connected sockets may have groups
-// of their own at the same address: since Linux 6.13 connect(2) takes a socket
-// out of its group, but the next one to bind may make another one with it.
 func liveGroup(key Key) (sockets.Group, error) {
 	groups, err := sockets.Find(sockets.Query{NetNS: key.NetNS, Proto: key.Proto, Port: key.Addr.Port(), Addr: key.Addr.Addr()})
 	if err != nil {
 		return sockets.Group{}, err
 	}
+	return liveAmong(groups, key), nil
+}
+
+// liveAmong prefers the group with a program. Connected sockets may have groups
+// of their own at the same address: since Linux 6.13 connect(2) takes a socket
+// out of its group, but the next one to bind may make another one with it.
+func liveAmong(groups []sockets.Group, key Key) sockets.Group {
 	best := sockets.Group{Key: key}
 	for _, found := range groups {
 		if found.Key != key || found.Kernel == 0 || found.Connected() {
@@ -359,5 +363,5 @@ func liveGroup(key Key) (sockets.Group, error) {
 			best = found
 		}
 	}
-	return best, nil
+	return best
 }

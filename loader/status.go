@@ -12,7 +12,8 @@ import (
 
 // Counters count runs of the program. Runs is the sum of the six outcomes that
 // follow it; the last three are parts of Untracked and New. A run is not a
-// packet: a train of datagrams joined by GRO is one run.
+// packet: a train of datagrams joined by GRO is one run. None of them goes down
+// while the group has state, whatever becomes of its listeners.
 type Counters struct {
 	Runs uint64
 	// Hit: the flow was known, and its listener alive.
@@ -66,6 +67,9 @@ type Listener struct {
 	// Runs of the program that selected it since it joined, by outcome, and
 	// the bytes of their transport headers and payloads.
 	Hit, New, Rehomed, Untracked, Migrated, Bytes uint64
+	// Total is the same over all listeners that have been in the slot: it does not
+	// go down while the group has state.
+	Total maps.SlotCounters
 	// RxQueue is what waits in the socket and Drops what it had to drop, both
 	// -1 if unknown.
 	RxQueue, Drops int
@@ -122,12 +126,22 @@ type Status struct {
 
 // Status reads how the group stands. It changes nothing.
 func (g *Group) Status() (Status, error) {
+	return g.read(reading{liveGroup, (*Group).countFlows})
+}
+
+// reading is how a status is read.
+type reading struct {
+	find  func(Key) (sockets.Group, error)
+	count func(g *Group, status *Status, now uint32) error
+}
+
+func (g *Group) read(how reading) (Status, error) {
 	for {
 		now, err := g.current()
 		if err != nil {
 			return Status{}, err
 		}
-		status, err := now.status()
+		status, err := now.status(how)
 		if err != nil || status.Attached {
 			return status, err
 		}
@@ -138,7 +152,7 @@ func (g *Group) Status() (Status, error) {
 	}
 }
 
-func (g *Group) status() (Status, error) {
+func (g *Group) status(how reading) (Status, error) {
 	s, v := g.state, g.state.config.Values()
 	status := Status{
 		Key:          g.key,
@@ -174,7 +188,7 @@ func (g *Group) status() (Status, error) {
 		status.Turning = time.Duration(max(1, left-1)) * time.Second
 	}
 
-	live, err := g.live()
+	live, err := how.find(g.key)
 	if err != nil {
 		return status, err
 	}
@@ -183,7 +197,7 @@ func (g *Group) status() (Status, error) {
 	if err := g.listeners(&status, live, now); err != nil {
 		return status, fmt.Errorf("%s: %w", g.key, err)
 	}
-	if err := g.countFlows(&status, now); err != nil {
+	if err := how.count(g, &status, now); err != nil {
 		return status, err
 	}
 	if s.counted {
@@ -221,27 +235,38 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 	c := &status.Counters
 	c.Fallback, c.ParseError, c.TableFull, c.Evicted = group.Fallback, group.ParseError, group.TableFull, group.Evicted
 
+	// A slot that nobody could be put into has no record, but counts of before.
+	totals := map[uint32]maps.SlotCounters{}
+	for slot := range uint32(maps.Slots) {
+		if s.listeners.Incarnation(slot) == 0 {
+			continue
+		}
+		n, err := s.counters.Slot(slot)
+		if err != nil {
+			return err
+		}
+		totals[slot] = n
+		c.Hit += n.Hit
+		c.New += n.New
+		c.Rehomed += n.Rehomed
+		c.Untracked += n.Untracked
+		c.Migrated += n.Migrated
+	}
+
 	active, draining := 0, 0
 	for slot, record := range records {
 		cookie, err := s.sockets.Cookie(slot)
 		if err != nil {
 			return err
 		}
-		n, err := s.counters.Slot(slot)
-		if err != nil {
-			return err
-		}
-		c.Hit += n.Hit
-		c.New += n.New
-		c.Rehomed += n.Rehomed
-		c.Untracked += n.Untracked
-		c.Migrated += n.Migrated
+		n := totals[slot]
 		l := Listener{
 			Slot: int(slot), Cookie: record.Cookie, PID: int(record.Pid), Command: unpackCommand(record.Command),
 			State: "dead", Weight: int(record.Weight &^ maps.Undealt), Generation: int(record.Generation),
 			Hit: n.Hit - record.Base.Hit, New: n.New - record.Base.New, Rehomed: n.Rehomed - record.Base.Rehomed,
 			Untracked: n.Untracked - record.Base.Untracked, Migrated: n.Migrated - record.Base.Migrated,
 			Bytes: n.Bytes - record.Base.Bytes, RxQueue: -1, Drops: -1, Joined: age(now, record.Joined),
+			Total: n,
 		}
 		switch state := s.listeners.State(slot); {
 		case cookie == 0:

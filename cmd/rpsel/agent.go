@@ -32,8 +32,14 @@ a network namespace that is gone is removed.
 Traffic does not need the agent: when it ends, or is killed, everything goes on
 as it is, and the next one catches up. There is one agent per BPF file system.
 
+The agent serves /metrics for Prometheus, and /healthz: 200 if it does its work,
+else 503 and why, in a line. Where a port is taken it works on, says so and tries
+again. Only this machine is let in, unless its configuration says otherwise.
+
 The configuration is a list of services. All keys but the port may be left out;
 they are named after the flags of "rpsel attach":
+
+  metrics = "` + config.DefaultMetrics + `"  # or "unix:/PATH", or "off"
 
   [[service]]
   port  = 1194
@@ -62,9 +68,10 @@ a second instead; "rpsel status" says so, and why.`,
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, unix.SIGHUP)
 			defer signal.Stop(reload)
+			name, _ := ownVersion()
 			return configError(daemon.Run(ctx, daemon.Options{
 				FS: s.fs(), Config: file, Optional: !cmd.Flags().Changed("config"), Cgroup: dir,
-				Log: e.logger(asJSON), Reload: reload,
+				Version: name, Log: e.logger(asJSON), Reload: reload,
 			}))
 		},
 	}

@@ -345,6 +345,7 @@ var capTrials = map[string]capTrial{
 			return w.until([]string{"reading events"}, have, "events", "--port", "1194", "--bpffs", w.bpffs)
 		}
 	},
+	"metrics":           attached("metrics", "--port", "1194"),
 	"drain":             attached("drain", "--port", "1194", "--slot", "0"),
 	"drain --proto tcp": attachedTCP("drain", "--port", "1194", "--proto", "tcp", "--slot", "0", "--wait"),
 	"resume":            attached("resume", "--port", "1194", "--slot", "0"),

@@ -41,10 +41,10 @@ Nothing is changed.`,
 			if c.port == 0 && (c.proto != 0 || c.addr.IsValid() || c.netns != "") {
 				return usageError("--proto, --addr and --netns need --port: use a number from 1 to 65535")
 			}
-			var services []config.Service
+			var agent config.File
 			if file != "" {
 				var err error
-				if services, err = config.Load(file); err != nil {
+				if agent, err = config.Load(file); err != nil {
 					return configError(err)
 				}
 			}
@@ -55,7 +55,7 @@ Nothing is changed.`,
 				}
 			}
 			if c.obstacle == nil { // without those nothing is found
-				c.onServices(services)
+				c.onServices(agent.Services)
 			}
 			if err := c.print(e, asJSON, noHeader); err != nil {
 				return err

@@ -42,7 +42,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no such group or listener,
 	root.AddCommand(
 		newAttachCmd(e), newDetachCmd(e), newRunCmd(e), newReapCmd(e), newAgentCmd(e),
 		newDrainCmd(e), newResumeCmd(e), newWeightCmd(e), newFlushCmd(e), newUpgradeCmd(e),
-		newStatusCmd(e), newFlowsCmd(e), newWhyCmd(e), newEventsCmd(e),
+		newStatusCmd(e), newFlowsCmd(e), newWhyCmd(e), newEventsCmd(e), newMetricsCmd(e),
 		newCheckCmd(e), newDemoCmd(e), newDemoInsideCmd(e), newDemoListenerCmd(e), newVersionCmd(e), newCompletionCmd(e),
 	)
 	root.SetHelpCommand(newHelpCmd())

@@ -70,6 +70,7 @@ var Needs = []Need{
 	{"flows", []Capability{BPF, Perfmon}},
 	{"why", []Capability{BPF, Perfmon}},
 	{"events", []Capability{BPF}},
+	{"metrics", []Capability{BPF, Perfmon}},
 	{"drain", []Capability{BPF, Perfmon}},
 	{"drain --proto tcp", []Capability{BPF, Perfmon}},
 	{"resume", []Capability{BPF, Perfmon}},

@@ -1,5 +1,5 @@
 // Package config reads the agent's file: which services are to be kept sticky,
-// and how. The keys are the names of the flags of "rpsel attach".
+// and how. The keys of a service are the names of the flags of "rpsel attach".
 package config
 
 import (
@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -26,9 +27,25 @@ const Default = "/etc/rpsel/rpsel.toml"
 // AllNetNS is what a service's netns may say instead of a namespace.
 const AllNetNS = "all"
 
+// DefaultMetrics is where the agent serves its metrics if the file does not say:
+// beyond the ports of other exporters, for this machine alone.
+const DefaultMetrics = "127.0.0.1:10194"
+
+// UnixMetrics comes before the path of a unix socket for metrics.
+const UnixMetrics = "unix:"
+
 // ErrInvalid: the file says something that cannot be. The message names the
 // file, the line, the key and what is allowed.
 var ErrInvalid = errors.New("invalid configuration")
+
+// File is what the file says.
+type File struct {
+	// Metrics is an address and port, UnixMetrics and a path, or "": metrics are
+	// not served.
+	Metrics string
+	// Services are in the order in which they count.
+	Services []Service
+}
 
 // Service is a port that is to be sticky.
 type Service struct {
@@ -70,16 +87,16 @@ func (s Service) String() string {
 // fits a socket is the one that counts.
 //
 // Errors: ErrInvalid, fs.ErrNotExist, fs.ErrPermission.
-func Load(path string) ([]Service, error) {
+func Load(path string) (File, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, err
+		return File{}, err
 	}
-	services, err := parse(data)
+	file, err := parse(data)
 	if at, ok := errors.AsType[*lineError](err); ok {
-		return nil, &invalid{fmt.Sprintf("%s:%d: %s", path, at.line, at.text)}
+		return File{}, &invalid{fmt.Sprintf("%s:%d: %s", path, at.line, at.text)}
 	}
-	return services, err
+	return file, err
 }
 
 // invalid is ErrInvalid with nothing but the message.
@@ -146,48 +163,71 @@ func quoted(names []string) string {
 	return `"` + strings.Join(names[:last], `", "`) + `" or "` + names[last] + `"`
 }
 
-const noTable = "service: write [[service]], and its keys below it"
+const (
+	noTable      = "service: write [[service]], and its keys below it"
+	wrongMetrics = `metrics: use an address and port, such as "` + DefaultMetrics + `", "` + UnixMetrics + `/PATH" or "off"`
+)
 
-func parse(data []byte) ([]Service, error) {
+func parse(data []byte) (File, error) {
 	var file struct {
+		Metrics *string `toml:"metrics"`
 		Service []entry `toml:"service"`
 	}
 	err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(&file)
 	if unknown, ok := errors.AsType[*toml.StrictMissingError](err); ok {
-		return nil, unknownKey(&unknown.Errors[0])
+		return File{}, unknownKey(&unknown.Errors[0])
 	}
 	if wrong, ok := errors.AsType[*toml.DecodeError](err); ok {
-		return nil, decodeError(wrong)
+		return File{}, decodeError(wrong)
 	}
 	if err != nil {
-		return nil, err
+		return File{}, err
 	}
-	places, err := locate(data)
+	metricsLine, places, err := locate(data)
 	if err != nil {
-		return nil, err
+		return File{}, err
+	}
+	metrics, ok := metricsOf(file.Metrics)
+	if !ok {
+		return File{}, &lineError{metricsLine, wrongMetrics}
 	}
 	services := make([]Service, 0, len(file.Service))
 	for i, e := range file.Service {
 		s, err := e.service(places[i])
 		if err != nil {
-			return nil, err
+			return File{}, err
 		}
 		same := func(o Service) bool {
 			return o.Proto == s.Proto && o.Port == s.Port && o.Addr == s.Addr && o.NetNS == s.NetNS
 		}
 		if j := slices.IndexFunc(services, same); j >= 0 {
-			return nil, &lineError{s.Line, fmt.Sprintf("service: %s is the service of line %d already: remove one", s, services[j].Line)}
+			return File{}, &lineError{s.Line, fmt.Sprintf("service: %s is the service of line %d already: remove one", s, services[j].Line)}
 		}
 		services = append(services, s)
 	}
-	return services, nil
+	return File{metrics, services}, nil
+}
+
+// metricsOf is where metrics are served; text is nil if the file does not say.
+func metricsOf(text *string) (where string, ok bool) {
+	if text == nil {
+		return DefaultMetrics, true
+	}
+	if *text == "off" {
+		return "", true
+	}
+	if path, unix := strings.CutPrefix(*text, UnixMetrics); unix {
+		return *text, filepath.IsAbs(path)
+	}
+	addr, err := netip.ParseAddrPort(*text)
+	return *text, err == nil && addr.Port() != 0
 }
 
 func unknownKey(e *toml.DecodeError) error {
 	line, _ := e.Position()
 	key := e.Key()
 	if key[0] != "service" || len(key) == 1 {
-		return &lineError{line, fmt.Sprintf("%s: unknown: the file consists of [[service]] tables", key[0])}
+		return &lineError{line, fmt.Sprintf("%s: unknown: the file consists of [[service]] tables, and metrics before them", key[0])}
 	}
 	names := make([]string, 0, len(allowed))
 	for name := range allowed {
@@ -208,6 +248,8 @@ func decodeError(e *toml.DecodeError) error {
 		return &lineError{line, key[1] + ": " + allowed[key[1]]}
 	case key[0] == "service":
 		return &lineError{line, noTable}
+	case key[0] == "metrics":
+		return &lineError{line, wrongMetrics}
 	}
 	return &lineError{line, strings.Join(key, ".") + ": " + strings.TrimPrefix(e.Error(), "toml: ")}
 }
@@ -218,11 +260,10 @@ type place struct {
 	keys map[string]int
 }
 
-// locate finds the lines of the services and their keys, of a file that has been
-// decoded: what the decoder takes may still be out of bounds. There is one way
-// to write a service.
-func locate(data []byte) ([]place, error) {
-	var places []place
+// locate finds the lines of the key metrics, and of the services and their keys, of
+// a file that has been decoded: what the decoder takes may still be out of bounds.
+// There is one way to write a service.
+func locate(data []byte) (metrics int, places []place, err error) {
 	var p unstable.Parser
 	p.Reset(data)
 	for p.NextExpression() {
@@ -235,11 +276,13 @@ func locate(data []byte) ([]place, error) {
 			places = append(places, place{line, map[string]int{}})
 		case e.Kind == unstable.KeyValue && len(places) > 0:
 			places[len(places)-1].keys[string(key.Node().Data)] = line
+		case e.Kind == unstable.KeyValue && string(key.Node().Data) == "metrics":
+			metrics = line
 		default:
-			return nil, &lineError{line, noTable}
+			return 0, nil, &lineError{line, noTable}
 		}
 	}
-	return places, p.Error()
+	return metrics, places, p.Error()
 }
 
 // service checks an entry.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -26,7 +27,7 @@ func write(t *testing.T, text string) string {
 }
 
 func TestLoad(t *testing.T) {
-	got, err := Load(write(t, `# all of it
+	file, err := Load(write(t, `# all of it
 [[service]]
 port = 1194
 
@@ -75,14 +76,24 @@ confirm  = "reply"
 		{Line: 27, Proto: sockets.UDP, Port: 443, Options: loader.Options{First: loader.FirstOpenVPN}},
 		{Line: 31, Proto: sockets.UDP, Port: 1195, Options: loader.Options{Confirm: loader.ConfirmReply}},
 	}
+	got := file.Services
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+	if file.Metrics != DefaultMetrics {
+		t.Errorf("metrics at %q", file.Metrics)
 	}
 	if name := got[1].String(); name != "tcp [2001:db8::1]:8443 netns all" {
 		t.Errorf("named %s", name)
 	}
-	if got, err := Load(write(t, "")); err != nil || len(got) != 0 {
+	if got, err := Load(write(t, "")); err != nil || len(got.Services) != 0 || got.Metrics != DefaultMetrics {
 		t.Errorf("an empty file: %v, %v", got, err)
+	}
+	for text, want := range map[string]string{"off": "", "127.0.0.1:9100": "127.0.0.1:9100", "[::]:9100": "[::]:9100", "unix:/run/m.sock": "unix:/run/m.sock"} {
+		got, err := Load(write(t, fmt.Sprintf("metrics = %q\n[[service]]\nport = 1\n", text)))
+		if err != nil || got.Metrics != want || len(got.Services) != 1 || got.Services[0].Line != 2 {
+			t.Errorf("metrics = %q: %+v, %v", text, got, err)
+		}
 	}
 	if _, err := Load("/no/such/file"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v", err)
@@ -134,6 +145,16 @@ func TestLoadInvalid(t *testing.T) {
 		{"[[service]]\nport = 1\nidle.new = \"1s\"", "3: idle: use a duration"},
 		{"[[service]]\nport = 1\n[service.extra]\nx = 1", "3: extra: unknown key"},
 		{"[[services]]\nport = 1", "1: services: unknown: the file consists of [[service]] tables"},
+		{"\nmetrics = \"localhost:9100\"", `2: metrics: use an address and port, such as "127.0.0.1:10194", "unix:/PATH" or "off"`},
+		{"metrics = \"127.0.0.1\"", "1: metrics: use an address"},
+		{"metrics = \"127.0.0.1:0\"", "1: metrics: use an address"},
+		{"metrics = \"127.0.0.1:65536\"", "1: metrics: use an address"},
+		{"metrics = \"unix:run/m.sock\"", "1: metrics: use an address"},
+		{"metrics = \"\"", "1: metrics: use an address"},
+		{"metrics = 9100", "1: metrics: use an address"},
+		{"metrics.port = 9100", "1: metrics: "},
+		{"[metrics]\nport = 9100", "1: "},
+		{"[[service]]\nport = 1\nmetrics = \"off\"", "3: metrics: unknown key: use addr"},
 		{"port = 1194", "1: port: unknown: the file consists of [[service]] tables"},
 		{"[service]\nport = 1194", "1: service: write [[service]], and its keys below it"},
 		{"service = 1", "1: service: write [[service]], and its keys below it"},
@@ -145,9 +166,9 @@ func TestLoadInvalid(t *testing.T) {
 	} {
 		t.Run(c.text, func(t *testing.T) {
 			path := write(t, c.text)
-			services, err := Load(path)
-			if !errors.Is(err, ErrInvalid) || services != nil {
-				t.Fatalf("%v, %v", services, err)
+			file, err := Load(path)
+			if !errors.Is(err, ErrInvalid) || file.Services != nil {
+				t.Fatalf("%v, %v", file, err)
 			}
 			if said := err.Error(); !strings.HasPrefix(said, path+":"+c.want) || strings.Contains(said, "\n") {
 				t.Errorf("said %q, want %q", said, c.want)
@@ -159,14 +180,15 @@ func TestLoadInvalid(t *testing.T) {
 // No file makes it panic, nor gives an error without its line.
 func FuzzParse(f *testing.F) {
 	f.Add([]byte("[[service]]\nport = 1\nidle = \"1s\"\n"))
+	f.Add([]byte("metrics = \"off\"\n[[service]]\nport = 1\n"))
 	f.Add([]byte("service = [{port = 1}, {port = 2}]"))
 	f.Add([]byte("[[service]]\n[service.x]\n[[service]]\nport.a = 1"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		services, err := parse(data)
+		file, err := parse(data)
 		if at, ok := errors.AsType[*lineError](err); err != nil && (!ok || at.line < 1) {
 			t.Errorf("no line: %v", err)
 		}
-		for _, s := range services {
+		for _, s := range file.Services {
 			if s.Port == 0 || s.Line < 1 {
 				t.Errorf("took %+v", s)
 			}

@@ -15,6 +15,7 @@ import (
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/door"
+	"github.com/rpsel/rpsel/internal/metrics"
 	"github.com/rpsel/rpsel/internal/owner"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
@@ -32,6 +33,8 @@ type Options struct {
 	// Cgroup is the cgroup2 directory whose processes are watched; "" is the
 	// root of the hierarchy.
 	Cgroup string
+	// Version is rpsel's own, for the metrics.
+	Version string
 	// Log is told what happens, a line each.
 	Log *slog.Logger
 	// Reload asks for the file to be read again.
@@ -56,7 +59,7 @@ const grace = time.Second
 // Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file, the cgroup),
 // cgroup.ErrNotCgroup2, loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
 func Run(ctx context.Context, o Options) error {
-	services, err := load(o)
+	services, place, err := load(o)
 	if err != nil {
 		return err
 	}
@@ -81,7 +84,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	own.Close()
 	k := &keeper{
-		Options: o, claim: claim, services: services, own: own.Cookie(),
+		Options: o, claim: claim, services: services, own: own.Cookie(), place: place,
 		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{}, refused: map[loader.Key][]string{},
 		inbox: newInbox(), ended: make(chan error, 1), polling: time.NewTicker(pollTime), polled: map[uint64]*polled{},
 	}
@@ -103,20 +106,20 @@ func Run(ctx context.Context, o Options) error {
 	return nil
 }
 
-// load reads the services.
-func load(o Options) ([]*config.Service, error) {
-	list, err := config.Load(o.Config)
+// load reads the services, and where metrics are served.
+func load(o Options) (services []*config.Service, place string, err error) {
+	file, err := config.Load(o.Config)
 	if errors.Is(err, fs.ErrNotExist) && o.Optional {
-		return nil, nil
+		return nil, config.DefaultMetrics, nil
 	}
-	services := make([]*config.Service, 0, len(list))
-	for _, s := range list {
+	for _, s := range file.Services {
 		services = append(services, &s)
 	}
-	return services, err
+	return services, file.Metrics, err
 }
 
-// keeper is an agent at work. Only its loop touches it, but for the inbox.
+// keeper is an agent at work. Only its loop touches it, but for the inbox and the
+// report.
 type keeper struct {
 	Options
 	claim    *claim
@@ -142,6 +145,12 @@ type keeper struct {
 	announced atomic.Pointer[[]*config.Service]
 	polling   *time.Ticker // stopped while the kernel tells
 	polled    map[uint64]*polled
+
+	place    string // where metrics are served, "" if they are not
+	web      *web   // nil: it could not be
+	webTried time.Time
+	done     metrics.Agent // what metrics tell of the agent, as far as it is counted
+	report   atomic.Pointer[report]
 }
 
 // start does what has to be done before the agent is ready. An error means that
@@ -165,6 +174,8 @@ func (k *keeper) start(ctx context.Context) error {
 	if err := k.sweep(); err != nil {
 		return err
 	}
+	k.publish()
+	k.serve()
 	k.Log.Info("ready", "services", len(k.services), "groups", len(k.groups), "mode", k.mode())
 	k.notify(daemon.SdNotifyReady + "\n" + k.statusLine())
 	return nil
@@ -198,6 +209,7 @@ func (k *keeper) loop(ctx context.Context) {
 		case <-alive.C:
 			k.notify(daemon.SdNotifyWatchdog)
 		}
+		k.publish()
 	}
 }
 
@@ -212,9 +224,11 @@ func (k *keeper) tick(ctx context.Context) (sweep bool) {
 		k.fails("missed", err)
 		if missed != k.missed {
 			k.Log.Warn("events were missed: looking for all listeners", "missed", missed-k.missed)
+			k.done.Missed += missed - k.missed
 			k.missed, sweep = missed, true
 		}
 	}
+	k.keepServing()
 	if k.refresh() || k.putOff {
 		k.putOff, sweep = false, true
 	}
@@ -236,6 +250,7 @@ func (k *keeper) trySweep() { k.fails("sweep", k.sweep()) }
 
 // close gives back what the agent holds.
 func (k *keeper) close() {
+	k.web.close()
 	k.unwatch(nil)
 	k.door.Close()
 	for _, g := range k.groups {

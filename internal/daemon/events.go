@@ -35,7 +35,7 @@ func (k *keeper) watch(ctx context.Context) {
 	k.watcher, k.missed, k.why = w, 0, ""
 	k.polling.Stop()
 	k.ended = make(chan error, 1)
-	k.fails("watch", nil)
+	k.fails(watchSubject, nil)
 	k.fails("info", k.claim.say(k.info()))
 	go func(ended chan<- error) {
 		if err := w.Run(ctx, k.inbox.put); err != nil {
@@ -43,6 +43,9 @@ func (k *keeper) watch(ctx context.Context) {
 		}
 	}(k.ended)
 }
+
+// watchSubject is the subject of what makes it poll.
+const watchSubject = "watch"
 
 // unwatch goes over to polling because of an error, or ends the agent's
 // watching (nil).
@@ -56,7 +59,7 @@ func (k *keeper) unwatch(because error) {
 	}
 	k.why = because.Error()
 	k.polling.Reset(pollTime)
-	k.fails("watch", fmt.Errorf("polling for new listeners every %v: %w", pollTime, because))
+	k.fails(watchSubject, fmt.Errorf("polling for new listeners every %v: %w", pollTime, because))
 	k.fails("info", k.claim.say(k.info()))
 }
 

@@ -7,8 +7,9 @@ import (
 
 // failure is what was logged of a subject last.
 type failure struct {
-	text string
-	at   time.Time // it was met again
+	text  string
+	at    time.Time // it was met again
+	error bool      // not a complaint
 }
 
 // failureTime is how long a failure that is not met any more is remembered.
@@ -21,6 +22,10 @@ func (k *keeper) fails(subject string, err error, attrs ...any) {
 		return
 	}
 	k.complains(subject, strings.Join(strings.Fields(err.Error()), " "), attrs...)
+	f := k.failures[subject]
+	f.error = true
+	k.failures[subject] = f
+	k.done.Errors++
 }
 
 // complains is fails for what is no error.
@@ -28,7 +33,7 @@ func (k *keeper) complains(subject, text string, attrs ...any) {
 	if k.failures[subject].text != text {
 		k.Log.Warn(text, attrs...)
 	}
-	k.failures[subject] = failure{text, time.Now()}
+	k.failures[subject] = failure{text: text, at: time.Now()}
 }
 
 // forgetFailures forgets what has not been met for long, such as of sockets that

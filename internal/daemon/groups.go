@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/force"
@@ -53,6 +54,13 @@ func (k *keeper) refresh() (more bool) {
 			k.refuse(key, nil)
 		}
 	}
+	wanted := map[string]bool{}
+	for _, key := range keys {
+		wanted[opening(key)] = true
+	}
+	maps.DeleteFunc(k.failures, func(subject string, _ failure) bool {
+		return strings.HasPrefix(subject, openSubject) && !wanted[subject]
+	})
 	for _, key := range keys {
 		if k.groups[key] != nil {
 			continue
@@ -61,13 +69,18 @@ func (k *keeper) refresh() (more bool) {
 		if errors.Is(err, loader.ErrNotAttached) {
 			continue // detached since it was listed
 		}
-		k.fails(fmt.Sprint("open ", key), err, k.keyAttrs(key)...)
+		k.fails(opening(key), err, k.keyAttrs(key)...)
 		if err == nil {
 			k.groups[key] = &group{Group: g}
 		}
 	}
 	return k.watchPorts()
 }
+
+// openSubject begins the subject of a failure to open a group.
+const openSubject = "open "
+
+func opening(key loader.Key) string { return fmt.Sprint(openSubject, key.NetNS, " ", key) }
 
 // watchPorts says which listeners are to be reported. It reports whether there
 // are more than before.

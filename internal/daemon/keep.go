@@ -175,7 +175,11 @@ func (k *keeper) attach(live sockets.Group, service *config.Service) error {
 	what := "attached again"
 	if g.Fresh() {
 		what = "attached"
+		k.done.Attached++
+	} else {
+		k.done.Reattached++
 	}
+	k.done.Registered += uint64(len(g.Joined()))
 	k.Log.Info(what, append(k.attrs(live), "listeners", len(g.Joined()))...)
 	k.refresh()
 	if state := k.groups[live.Key]; state != nil {
@@ -286,6 +290,7 @@ func (k *keeper) register(live sockets.Group, state *group) error {
 	for i, a := range answers {
 		k.fails(fmt.Sprint("register ", members[i].Cookie), a.Err, k.attrs(live)...)
 		if a.Err == nil {
+			k.done.Registered++
 			k.Log.Info("registered", append(k.attrs(live), "slot", a.Slot, "listener", members[i].Holders[0].String())...)
 		}
 	}

@@ -178,7 +178,7 @@ func TestReload(t *testing.T) {
 		a.reload <- unix.SIGHUP
 		await(t, "the agent to say "+said, func() bool { return strings.Count(a.said(), said) > before })
 	}
-	reload("[[service]]\nport = 0\n", "level=ERROR msg=\"the configuration stays as it was: "+a.config+":2: port: use a number from 1 to 65535\"")
+	reload("[[service]]\nport = 0\n", "level=ERROR msg=\"the configuration stays as it was: "+a.config+":3: port: use a number from 1 to 65535\"")
 	if s, _ := status(t, a.fs, one); s.Idle != time.Minute {
 		t.Errorf("after a wrong file: %+v", s)
 	}

@@ -84,8 +84,13 @@ func start(t testing.TB, fs, services string, change ...func(*Options)) *testAge
 	return a
 }
 
+// write writes the agent's file, without metrics unless the first line says where:
+// other agents run beside this one.
 func (a *testAgent) write(services string) {
 	a.t.Helper()
+	if !strings.HasPrefix(services, "metrics = ") {
+		services = "metrics = \"off\"\n" + services
+	}
 	if err := os.WriteFile(a.config, []byte(services), 0o600); err != nil {
 		a.t.Fatal(err)
 	}

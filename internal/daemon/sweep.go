@@ -35,6 +35,7 @@ func (k *keeper) sweep() error {
 	k.forgetNetNSes()
 	k.forgetEmpty()
 	k.openDoors()
+	k.done.Swept = time.Now()
 	return nil
 }
 
@@ -90,14 +91,15 @@ func (k *keeper) findAll() ([]sockets.Group, error) {
 // reload reads the file again. With a bad one all stays as it is.
 func (k *keeper) reload() {
 	k.notify(reloading())
-	services, err := load(k.Options)
+	services, place, err := load(k.Options)
+	k.done.ConfigStale = err != nil
 	if err != nil {
 		k.Log.Error("the configuration stays as it was: "+err.Error(), "file", k.Config)
 		k.notify("READY=1\n" + k.statusLine())
 		return
 	}
 	old := k.services
-	k.services = services
+	k.services, k.place = services, place
 	k.Log.Info("configuration read", "file", k.Config, "services", len(services))
 	for _, s := range old {
 		same := func(o *config.Service) bool {
@@ -107,6 +109,7 @@ func (k *keeper) reload() {
 			k.Log.Info(fmt.Sprintf(`service removed: what is attached stays so, "rpsel detach --port %d" ends that`, s.Port), "service", s.String())
 		}
 	}
+	k.serve()
 	k.forcePins()
 	k.openDoors()
 	k.watchPorts()

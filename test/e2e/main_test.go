@@ -100,6 +100,7 @@ func (r *rpsel) attach(args ...string) {
 // status is what the tests read of "rpsel status --json".
 type status struct {
 	Groups []struct {
+		Attached        bool
 		SettlingSeconds int `json:"settling_seconds"`
 		Counters        map[string]int
 		Flows           struct{ Tracked, Established int }
