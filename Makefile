@@ -25,6 +25,8 @@ BUILD_NEEDS := go=golang-go git=git
 TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
                haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux ip=iproute2 \
                promtool=prometheus prometheus-node-exporter=prometheus-node-exporter curl=curl \
+               mandoc=mandoc dpkg=dpkg rpm=rpm zsh=zsh fish=fish \
+               /usr/share/bash-completion/bash_completion=bash-completion \
                /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
 VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                perl=perl-base unshare=util-linux \
@@ -43,6 +45,15 @@ help: ## list the targets
 build: ## compile ./rpsel, one static binary; needs no clang
 	@$(call need,$(BUILD_NEEDS))
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o rpsel ./cmd/rpsel
+
+# All files of the packages have the time of the commit.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
+.PHONY: package
+package: ## .deb and .rpm, static binaries, what they are made of, and checksums: dist/
+	@$(call need,$(BUILD_NEEDS))
+	cd packaging && $(GO) run . -version '$(VERSION)' -time '$(SOURCE_DATE_EPOCH)' -out ../dist
+	@ls dist
 
 .PHONY: demo
 demo: ## plain Linux and rpsel side by side, in a network namespace of its own
@@ -64,7 +75,7 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometh
 	fi
 
 # What rpsel itself is not to depend on is in modules of their own.
-MODULES := . examples/quic test/kubernetes
+MODULES := . examples/quic packaging test/kubernetes
 TESTS    = for m in $(MODULES); do $(GO) test -C $$m -count=1 -timeout=30m ./...; done
 
 # A mirror of Debian, where this machine's package sources have none.
@@ -138,7 +149,7 @@ lint: style ## style, and the race detector on packages with goroutines
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf rpsel test/vm/.cache
+	rm -rf rpsel dist test/vm/.cache
 
 # root explains why a target wants to be root.
 define root

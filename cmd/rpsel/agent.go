@@ -79,6 +79,7 @@ a second instead; "rpsel status" says so, and why.`,
 	addConfigFlag(cmd, &file, "`FILE` with the services (default "+config.Default+", if there is one)")
 	file = config.Default
 	flags.Var(textValue{&dir, "use a directory"}, "cgroup", "watch the processes of the cgroup `DIR` only (default: all that can be seen)")
+	completePath(cmd, "cgroup", cobra.ShellCompDirectiveFilterDirs)
 	s.addBPFFSFlag(cmd)
 	flags.BoolVarP(&asJSON, "json", "j", false, "log JSON; errors too")
 	flags.BoolVarP(&e.quiet, "quiet", "q", false, "log warnings and errors only")
@@ -88,6 +89,7 @@ a second instead; "rpsel status" says so, and why.`,
 
 func addConfigFlag(cmd *cobra.Command, file *string, usage string) {
 	cmd.Flags().Var(textValue{file, "use a file"}, "config", usage)
+	completePath(cmd, "config", cobra.ShellCompDirectiveDefault)
 }
 
 // logger logs on standard error.

@@ -112,7 +112,7 @@ attached before it are detached again.`,
 			return a.printStatus(e, list, asJSON, noHeader)
 		},
 	}
-	a.addGroupFlags(cmd)
+	a.addServerFlags(cmd)
 	flags := cmd.Flags()
 	flags.BoolVar(&a.adopt, "adopt", false, "make groups of live sockets that have no SO_REUSEPORT")
 	flags.BoolVar(&a.options.Partial, "partial", false, "leave out sockets that cannot be registered; flows may move")

@@ -67,7 +67,7 @@ Nothing is changed.`,
 			return nil
 		},
 	}
-	c.addGroupFlags(cmd)
+	c.addServerFlags(cmd)
 	addConfigFlag(cmd, &file, "look for mistakes in the agent's `FILE`, and what its services find")
 	c.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)

@@ -13,10 +13,13 @@ func newCompletionCmd(e *env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "completion {bash|fish|zsh}",
 		Short: "Print a shell's completion script",
-		Long: `Print the script by which a shell completes rpsel's commands and flags:
+		Long: `Print the script by which a shell completes rpsel's commands and flags, and ports,
+addresses, processes, slots and clients by what there is:
   bash  eval "$(rpsel completion bash)", or a file in /etc/bash_completion.d
   fish  a file in /etc/fish/completions
-  zsh   a file _rpsel in a directory of $fpath`,
+  zsh   a file _rpsel in a directory of $fpath
+
+The packages of rpsel have installed all three.`,
 		Example:   `  rpsel completion bash`,
 		ValidArgs: []string{"bash", "fish", "zsh"},
 		Args: func(_ *cobra.Command, args []string) error {

@@ -27,8 +27,10 @@ type target struct {
 func (t *target) addFlags(cmd *cobra.Command) {
 	t.addGroupFlags(cmd)
 	t.slot = -1
-	cmd.Flags().Var(numberValue{&t.pid, 1, maxPID}, "pid", "the listeners of this process")
+	cmd.Flags().Var(numberValue{&t.pid, 1, maxPID}, "pid", "the listeners of the process `PID`")
 	cmd.Flags().Var(numberValue{&t.slot, 0, maps.Slots - 1}, "slot", "the listener in this `SLOT`")
+	t.completePID(cmd)
+	t.completeSlot(cmd, false)
 	t.addBPFFSFlag(cmd)
 }
 

@@ -22,6 +22,20 @@ const (
 	exitTimeout     = 6 // --wait took longer than --timeout
 )
 
+// exitStatuses says what the codes mean, for people.
+var exitStatuses = []struct {
+	code    int
+	meaning string
+}{
+	{exitDone, "done"},
+	{exitFailed, "failed"},
+	{exitUsage, "wrong command line"},
+	{exitNotFound, "no such group or listener"},
+	{exitPermission, "permission denied"},
+	{exitUnsupported, "not supported by this kernel or socket"},
+	{exitTimeout, "timed out"},
+}
+
 // exitCodes maps the errors of the packages below. The first match counts: a
 // socket that was refused because a capability is missing lacks permission.
 var exitCodes = []struct {

@@ -46,8 +46,19 @@ func (s *scope) addPortFlag(cmd *cobra.Command, usage string) {
 	cmd.Flags().VarP((*portValue)(&s.port), "port", "p", usage)
 }
 
-// addGroupFlags adds the flags that choose groups in a network namespace.
+// addGroupFlags adds the flags that choose groups that are attached.
 func (s *scope) addGroupFlags(cmd *cobra.Command) {
+	s.addScopeFlags(cmd)
+	s.completeKeys(cmd, s.attachedKeys, s.meant)
+}
+
+// addServerFlags adds the same flags, for commands about what is not attached yet.
+func (s *scope) addServerFlags(cmd *cobra.Command) {
+	s.addScopeFlags(cmd)
+	s.completeKeys(cmd, s.servingKeys, s.meant)
+}
+
+func (s *scope) addScopeFlags(cmd *cobra.Command) {
 	s.addPortFlag(cmd, "local `PORT` of the groups")
 	cmd.Flags().Var((*protoValue)(&s.proto), "proto", "protocol: udp or tcp (default udp, if there is a --port)")
 	cmd.Flags().Var((*addrValue)(&s.addr), "addr", "exact local `ADDRESS` of the groups, if there are several")
@@ -57,10 +68,12 @@ func (s *scope) addGroupFlags(cmd *cobra.Command) {
 
 func (s *scope) addNetNSFlag(cmd *cobra.Command) {
 	cmd.Flags().VarP(textValue{&s.netns, "use a name in /run/netns, a path or a pid"}, "netns", "N", "network namespace: `NAME`, path or pid (default: this one)")
+	completeBy(cmd, "netns", completeNetNS)
 }
 
 func (s *scope) addBPFFSFlag(cmd *cobra.Command) {
 	cmd.Flags().Var(textValue{&s.bpffs, "use a directory"}, "bpffs", "`DIR` where the BPF file system is (default "+string(loader.DefaultFS)+")")
+	completePath(cmd, "bpffs", cobra.ShellCompDirectiveFilterDirs)
 }
 
 // addQuietFlag adds -q, for commands that talk.
@@ -79,14 +92,6 @@ func addJSONFlag(cmd *cobra.Command, on *bool) {
 
 func addNoHeaderFlag(cmd *cobra.Command, on *bool) {
 	cmd.Flags().BoolVarP(on, "no-header", "H", false, "print no column titles")
-}
-
-// complete lets the shell complete the values of a flag.
-func complete(cmd *cobra.Command, flag string, values ...string) {
-	err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
-	if err != nil {
-		panic(err) // the flag is not there, or completed twice
-	}
 }
 
 // needPort is for commands that do not act on every port there is.

@@ -48,10 +48,12 @@ func (f flowFilter) match(flow loader.Flow, l *loader.Listener) bool {
 		(f.state == maps.Empty || f.state == flow.State)
 }
 
-func (f *flowFilter) addFlags(cmd *cobra.Command) {
+func (f *flowFilter) addFlags(cmd *cobra.Command, s *scope) {
 	cmd.Flags().Var((*prefixValue)(&f.client), "client", "only flows of these clients: an address or a `PREFIX`")
 	f.slot = -1
 	cmd.Flags().Var(numberValue{&f.slot, 0, maps.Slots - 1}, "slot", "only flows of the listener in this `SLOT`")
+	completeBy(cmd, "client", s.completeClient())
+	s.completeSlot(cmd, true)
 }
 
 // maxPID is the largest process id (PID_MAX_LIMIT, include/linux/threads.h).
@@ -94,8 +96,9 @@ each, on a line of its own.`,
 		},
 	}
 	s.addGroupFlags(cmd)
-	filter.addFlags(cmd)
-	cmd.Flags().Var(numberValue{&filter.pid, 1, maxPID}, "pid", "only flows of this process's listeners")
+	filter.addFlags(cmd, &s)
+	cmd.Flags().Var(numberValue{&filter.pid, 1, maxPID}, "pid", "only flows of the listeners of the process `PID`")
+	s.completePID(cmd)
 	cmd.Flags().Var((*stateValue)(&filter.state), "state", "only flows in this state: new or established")
 	complete(cmd, "state", "new", "established")
 	cmd.Flags().BoolVar(&count, "count", false, "print how many there are, and nothing else")

@@ -52,7 +52,7 @@ go to another listener.`,
 		},
 	}
 	s.addGroupFlags(cmd)
-	filter.addFlags(cmd)
+	filter.addFlags(cmd, &s)
 	cmd.Flags().BoolVar(&all, "all", false, "all flows")
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)

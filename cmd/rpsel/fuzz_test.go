@@ -10,8 +10,8 @@ import (
 )
 
 // unfit are commands that do more than a test in this process may: they run another
-// program, stay, or make namespaces of their own.
-var unfit = []string{"run", "reap", "agent", "demo", demoInside, demoListener, "events"}
+// program, stay, write files, or make namespaces of their own.
+var unfit = []string{"run", "reap", "agent", "demo", demoInside, demoListener, "events", "manual"}
 
 // P9: whatever the command line, it ends with a code of exit.go, and what fails says so in one
 // line. The arguments are separated by line feeds; all is about a namespace and a bpffs

@@ -7,13 +7,15 @@ import (
 	"github.com/spf13/cobra"
 )
 
+const about = `rpsel makes a SO_REUSEPORT port sticky: a packet of a flow goes to the listener
+that has the flow, whatever listeners join, leave or restart. Only the flows of a
+lost listener ever move. The servers need not know.`
+
 func newRootCmd(e *env) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "rpsel",
 		Short: "Make SO_REUSEPORT ports sticky",
-		Long: `rpsel makes a SO_REUSEPORT port sticky: a packet of a flow goes to the listener
-that has the flow, whatever listeners join, leave or restart. Only the flows of a
-lost listener ever move. The servers need not know.
+		Long: about + `
 
 Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no such group or listener,
 4 permission denied, 5 not supported by this kernel or socket, 6 timed out.`,
@@ -43,8 +45,9 @@ Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no such group or listener,
 		newAttachCmd(e), newDetachCmd(e), newRunCmd(e), newReapCmd(e), newAgentCmd(e),
 		newDrainCmd(e), newResumeCmd(e), newWeightCmd(e), newFlushCmd(e), newUpgradeCmd(e),
 		newStatusCmd(e), newFlowsCmd(e), newWhyCmd(e), newEventsCmd(e), newMetricsCmd(e),
-		newCheckCmd(e), newDemoCmd(e), newDemoInsideCmd(e), newDemoListenerCmd(e), newVersionCmd(e), newCompletionCmd(e),
+		newCheckCmd(e), newDemoCmd(e), newDemoInsideCmd(e), newDemoListenerCmd(e), newVersionCmd(e), newCompletionCmd(e), newManualCmd(e),
 	)
+	completeNothing(root)
 	root.SetHelpCommand(newHelpCmd())
 	root.SetUsageTemplate(usageTemplate)
 	return root
@@ -91,6 +94,16 @@ func newHelpCmd() *cobra.Command {
 		Short: "Explain a command",
 		Example: `  rpsel help
   rpsel help attach`,
+		ValidArgsFunction: firstOnly(func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return completeFrom(func(string) (found []candidate, _ error) {
+				for _, c := range cmd.Root().Commands() {
+					if c.IsAvailableCommand() {
+						found = append(found, candidate{c.Name(), c.Short})
+					}
+				}
+				return found, nil
+			})(cmd, args, prefix)
+		}),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			about, rest, err := cmd.Root().Find(args)
 			if err != nil || len(rest) > 0 && about == cmd.Root() {

@@ -88,6 +88,7 @@ then on.`,
 	}
 	flags := cmd.Flags()
 	flags.SetInterspersed(false) // the rest is the command's
+	cmd.ValidArgsFunction = cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault)
 	s.addPortFlag(cmd, "local `PORT` that matches (default: every specific port)")
 	flags.Var((*addrValue)(&s.addr), "addr", "exact local `ADDRESS` that matches; 0.0.0.0 and :: are the wildcards only (default: every address)")
 	flags.Var((*bothValue)(&settings.Proto), "proto", "protocol that matches: udp, tcp or both")
@@ -98,6 +99,9 @@ then on.`,
 	flags.Var(textValue{&where, "use a directory"}, "cgroup", "start nothing, cover what lives in the cgroup `DIR`")
 	flags.BoolVar(&debug, "debug", false, "say on standard error what is forced and registered")
 	s.addBPFFSFlag(cmd)
+	completePath(cmd, "cgroup", cobra.ShellCompDirectiveFilterDirs)
+	completeBy(cmd, "bind-device", completeFrom(completeDevice))
+	s.completeKeys(cmd, s.attachedKeys, func(p sockets.Proto) bool { return settings.Proto == 0 || settings.Proto == p })
 	complete(cmd, "proto", "udp", "tcp", "both")
 	complete(cmd, "reuseport", "on", "off", "leave")
 	complete(cmd, "reuseaddr", "on", "off", "leave")

@@ -89,6 +89,7 @@ func without() {
 //	page NAME [CODE]             run the next script of a page of docs/, which exits
 //	                             with this code; all its scripts have to be run
 //	reading PORT                 wait until another one reads the events of a group
+//	programs NAME…               skip the script where one is missing
 //	remember                     note bpffs, groups and sockets
 //	unchanged                    they are as noted
 func TestScripts(t *testing.T) {
@@ -121,6 +122,7 @@ func TestScripts(t *testing.T) {
 			"page":      inWorld((*world).page),
 			"served":    inWorld((*world).served),
 			"reading":   inWorld((*world).reading),
+			"programs":  inWorld((*world).programs),
 			"remember":  inWorld((*world).remember),
 			"unchanged": inWorld((*world).unchanged),
 		},
@@ -431,6 +433,12 @@ func noneOrSome(ts *testscript.TestScript, want string, n int) {
 	ts.Logf("%d", n)
 	if got := map[bool]string{true: "none", false: "some"}[n == 0]; got != want {
 		ts.Fatalf("%d flows, want %s", n, want)
+	}
+}
+
+func (w *world) programs(_ *testscript.TestScript, args []string) {
+	for _, name := range args {
+		needProgram(w.t, name)
 	}
 }
 

@@ -68,6 +68,7 @@ The rules are:
 		},
 	}
 	s.addGroupFlags(cmd)
+	cmd.ValidArgsFunction = firstOnly(s.completeClient())
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	return cmd

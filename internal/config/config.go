@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -157,6 +158,18 @@ var allowed = map[string]string{
 	"force":         "use true or false",
 }
 
+// Key is a key of a service, and what it takes.
+type Key struct{ Name, Allowed string }
+
+// Keys are all of them, sorted.
+func Keys() []Key {
+	keys := make([]Key, 0, len(allowed))
+	for _, name := range slices.Sorted(maps.Keys(allowed)) {
+		keys = append(keys, Key{name, allowed[name]})
+	}
+	return keys
+}
+
 // quoted lists what may be written.
 func quoted(names []string) string {
 	last := len(names) - 1
@@ -229,11 +242,7 @@ func unknownKey(e *toml.DecodeError) error {
 	if key[0] != "service" || len(key) == 1 {
 		return &lineError{line, fmt.Sprintf("%s: unknown: the file consists of [[service]] tables, and metrics before them", key[0])}
 	}
-	names := make([]string, 0, len(allowed))
-	for name := range allowed {
-		names = append(names, name)
-	}
-	slices.Sort(names)
+	names := slices.Sorted(maps.Keys(allowed))
 	return &lineError{line, fmt.Sprintf("%s: unknown key: use %s", strings.Join(key[1:], "."), strings.Join(names, ", "))}
 }
 

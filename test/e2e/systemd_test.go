@@ -23,14 +23,14 @@ const boxUser = 990
 // namespace (testdata/box.sh).
 type box struct {
 	*daemon
-	pid int // of that systemd
+	pid    int    // of that systemd
+	cgroup string // of all that is in it
 }
 
 // startBox boots it, with a variant of the drop-ins of docs/systemd, and the
 // configurations of three servers.
 func startBox(t testing.TB, v *vpn, variant, services string) *box {
 	t.Helper()
-	need(t, "systemd-analyze") // and the rest of systemd with it
 	tree := t.TempDir()
 	put := func(path, text string) {
 		path = filepath.Join(tree, path)
@@ -38,7 +38,7 @@ func startBox(t testing.TB, v *vpn, variant, services string) *box {
 		v.must(os.WriteFile(path, []byte(text), 0o600))
 	}
 	const units = "etc/systemd/system"
-	put(units+"/box.target", "[Unit]\nDefaultDependencies=no\nRequires=systemd-journald.service\nAfter=systemd-journald.service\n")
+	v.must(os.MkdirAll(filepath.Join(tree, units), 0o755))
 	put("etc/rpsel/rpsel.toml", services)
 	for n := 1; n <= 3; n++ {
 		config := v.serverConfig(n)
@@ -62,13 +62,30 @@ func startBox(t testing.TB, v *vpn, variant, services string) *box {
 		return os.Chown(path, boxUser, boxUser)
 	}))
 
+	return boot(t, v.servers, tree)
+}
+
+// boot boots a systemd in a network namespace, with the files of tree beside the
+// machine's /usr.
+func boot(t testing.TB, ns *testnet.NetNS, tree string) *box {
+	t.Helper()
+	need(t, "systemd-analyze") // and the rest of systemd with it
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const target = "[Unit]\nDefaultDependencies=no\nRequires=systemd-journald.service\nAfter=systemd-journald.service\n"
+	must(os.MkdirAll(filepath.Join(tree, "etc/systemd/system"), 0o755))
+	must(os.WriteFile(filepath.Join(tree, "etc/systemd/system/box.target"), []byte(target), 0o600))
 	own, err := cgroup.Own()
-	v.must(err)
+	must(err)
 	path, err := os.MkdirTemp(own, "rpsel-e2e-")
-	v.must(err)
-	v.must(os.Chmod(path, 0o755)) // the root of what everybody in the box sees
+	must(err)
+	must(os.Chmod(path, 0o755)) // the root of what everybody in the box sees
 	dir, err := cgroup.Open(path)
-	v.must(err)
+	must(err)
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
@@ -80,7 +97,7 @@ func startBox(t testing.TB, v *vpn, variant, services string) *box {
 		}
 		dir.Close()
 	})
-	b := &box{daemon: startDaemon(t, v.servers, "systemd", "testdata/box.sh", tree, path)}
+	b := &box{daemon: startDaemon(t, ns, "systemd", "testdata/box.sh", tree, path), cgroup: path}
 	children := fmt.Sprintf("/proc/%d/task/%[1]d/children", b.cmd.Process.Pid)
 	b.until(t, "boot", func() bool {
 		text, _ := os.ReadFile(children)

@@ -24,6 +24,8 @@ var leftOut = []leaving{
 	{"test/vm", "", "would start machines in the machine"},
 	{"agent", "^TestLight$", "asks the go command"},
 	{"cmd/rpsel", "^TestKilledAtEveryStep$/.*/^[0-9]*[1-9]_", "but for each tenth step: all of them take hours, emulated"},
+	{"cmd/rpsel", "^TestManual$", "needs mandoc"},
+	{"cmd/rpsel", "^TestScripts$/^completion$", "needs three shells"},
 }
 
 // few are the tests of CI: one or two of everything that a kernel may do
