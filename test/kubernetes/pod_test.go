@@ -251,7 +251,7 @@ func ask(t testing.TB, flows *testnet.Clients) []string {
 // await waits for what nothing tells of.
 func (p *pod) await(what string, condition func() bool) {
 	p.t.Helper()
-	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); !condition(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.t.Fatalf("waited in vain: %s", what)
 		}

@@ -22,8 +22,8 @@ const (
 )
 
 // The sidecar registers the servers of its pod, which run as another user; with
-// it no flow moves when one of them dies, nor when the sidecar does. The next pod
-// on the node removes what is left of it.
+// it no flow moves when one of them dies, nor when the sidecar does, nor when another
+// pod comes to the node. The next one removes what is left of pods that are gone.
 func TestSidecar(t *testing.T) {
 	testnet.Privileged(t)
 	m := load(t, "sidecar.yaml")
@@ -65,7 +65,17 @@ func TestSidecar(t *testing.T) {
 				if moved := testnet.Moved(now, ask(t, flows)); moved != 0 {
 					t.Errorf("the sidecar died, a server came: %d flows moved", moved)
 				}
-				if states := states(t, n); len(states) != 1 {
+				// Each agent keeps its pod's sockets, and sees none of the other's.
+				second := startPod(t, n, testnet.New(t), m, "server")
+				other := second.start(second.rpsel(t))
+				second.serve("x")
+				second.awaitListeners(1)
+				second.await("it has looked at all", func() bool { return strings.Contains(other.said(), "msg=ready") })
+				p.awaitListeners(3)
+				if moved := testnet.Moved(now, ask(t, flows)); moved != 0 {
+					t.Errorf("another pod came: %d flows moved", moved)
+				}
+				if states := states(t, n); len(states) != 2 {
 					t.Errorf("state of %v", states)
 				}
 			})
