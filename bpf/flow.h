@@ -171,14 +171,42 @@ ALWAYS_INLINE int entry_holds(struct flow *f, __u64 identity, __u64 *word)
 	return 0;
 }
 
-/* find_in returns the flow's place in the bucket, or RPSEL_BUCKET. */
-ALWAYS_INLINE __u32 find_in(struct bucket *b, __u64 identity, __u64 *word)
+/* find_among is find_in for a bucket in which another entry has the flow's tag. */
+OWN_FUNCTION __u32 find_among(struct bucket *b, __u64 identity, __u64 *word)
 {
-#pragma unroll
+	if (!b || !word)
+		return RPSEL_BUCKET;
 	for (__u32 i = 0; i < RPSEL_BUCKET; i++)
 		if (entry_holds(&b->flows[i], identity, word))
 			return i;
 	return RPSEL_BUCKET;
+}
+
+/*
+ * find_in returns the flow's place in the bucket, or RPSEL_BUCKET. The place is
+ * reckoned from a difference that is zero: the verifier, which does not know that,
+ * goes on once and not for each place.
+ */
+ALWAYS_INLINE __u32 find_in(struct bucket *b, __u64 identity, __u64 *word)
+{
+	__u64 differ = 0;
+	__u32 place = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < RPSEL_BUCKET; i++) {
+		differ = READ_ONCE(b->flows[i].word) ^ identity;
+		if (!word_tag(differ)) {
+			asm volatile("" : "+r"(differ));
+			place = word_tag(differ) + i;
+			goto tagged;
+		}
+	}
+	return RPSEL_BUCKET;
+tagged:
+	place &= RPSEL_BUCKET - 1;
+	if (entry_holds(&b->flows[place], identity, word))
+		return place;
+	return find_among(b, identity, word);
 }
 
 /* A claim that its owner must give up. No other word but the empty one has this state. */
@@ -192,7 +220,7 @@ struct insertion {
 	__u32 idle_new;
 	__u32 slot; /* in: the listener picked; out: the listener to follow */
 	__u32 incarnation;
-	__u32 place; /* out: 0 to 7 first bucket, 8 to 15 second */
+	__u32 place; /* 0 to 7 first bucket, 8 to 15 second; in: empty_place, or NOWHERE */
 	__u32 evicted;
 	__u32 tag;  /* in: flow_tag of identity */
 	__u64 busy; /* the word the place holds until commit */
@@ -272,11 +300,7 @@ OWN_FUNCTION __u64 survey(struct bucket *b, struct insertion *in)
 	return best << SURVEY_RANK_SHIFT | used << SURVEY_USED_SHIFT | place;
 }
 
-/*
- * What most new flows need to know of their buckets is counted without a branch,
- * which the CPU would guess wrong: how many entries may be the flow's, and how many
- * are not empty.
- */
+/* tagged counts the entries of a bucket that may be the flow's, without a branch. */
 ALWAYS_INLINE __u64 tagged(struct bucket *b, __u32 tag)
 {
 	__u64 n = 0;
@@ -287,29 +311,44 @@ ALWAYS_INLINE __u64 tagged(struct bucket *b, __u32 tag)
 	return n;
 }
 
-ALWAYS_INLINE __u64 filled(struct bucket *b)
+/* No empty place: insert_claim weighs all. */
+#define NOWHERE (2 * RPSEL_BUCKET)
+#define ROOM_SHIFT 8
+
+/*
+ * room is how many entries of a bucket are not empty << ROOM_SHIFT | how many of those
+ * come before the first that is. It takes no branch, which the CPU would guess wrong;
+ * and hides from the compiler what is a truth value, or that would take one after all.
+ */
+ALWAYS_INLINE __u64 room(struct bucket *b)
 {
-	__u64 n = 0;
+	__u64 used = 0, all = 1, before = 0;
 
 #pragma unroll
 	for (__u32 i = 0; i < RPSEL_BUCKET; i++) {
-		__u64 w = READ_ONCE(b->flows[i].word);
+		__u64 w = READ_ONCE(b->flows[i].word), less = -w;
 
-		n += (w | -w) >> 63;
+		asm volatile("" : "+r"(less));
+		w = (w | less) >> 63;
+		asm volatile("" : "+r"(w));
+		used += w;
+		all &= w;
+		before += all;
 	}
-	return n;
+	return used << ROOM_SHIFT | before;
 }
 
-/* first_empty is the place of an empty entry, or the last. */
-OWN_FUNCTION __u32 first_empty(struct bucket *b)
+/* empty_place is an empty entry for a new flow where a bucket has plenty, or NOWHERE. */
+ALWAYS_INLINE __u32 empty_place(struct bucket *first, struct bucket *second)
 {
-	__u32 place = 0;
+	__u64 r = room(first);
 
-	if (!b)
-		return 0;
-	while (place < RPSEL_BUCKET - 1 && READ_ONCE(b->flows[place].word))
-		place++;
-	return place;
+	if (r >> ROOM_SHIFT < RPSEL_FIRST_BUCKET)
+		return r & (RPSEL_BUCKET - 1);
+	r = room(second);
+	if (r >> ROOM_SHIFT < RPSEL_FIRST_BUCKET)
+		return RPSEL_BUCKET + (r & (RPSEL_BUCKET - 1));
+	return NOWHERE;
 }
 
 ALWAYS_INLINE struct flow *place_of(struct bucket *first, struct bucket *second, __u32 place)
@@ -381,54 +420,17 @@ OWN_FUNCTION int weigh(struct bucket *first, struct bucket *second, struct inser
 }
 
 /*
- * insert_claim finds room for a flow that is in neither bucket and marks it
- * busy. Room is, in this order: what is empty or expired (in the second bucket
- * only when the first holds RPSEL_FIRST_BUCKET, and more), then the oldest new flow.
- * Never an established one.
- *
- * Two CPUs may insert twin first packets at once. Each marks its place and then
- * looks over all places: a finished entry of the flow, or an earlier busy one
- * with its tag, wins and is followed; a later busy one is revoked. So whichever
- * way the two interleave, one entry remains.
- *
- * A busy entry belongs to the CPU that marked it until that CPU itself makes it
- * something else: nobody takes it, and whoever revokes it only says so. That is
- * why identity and details may be written by plain stores. It never stays busy,
- * because a BPF program always runs to its end.
+ * insert_scan looks over all places once the flow has claimed one. A finished entry
+ * of the flow, or an earlier busy one with its tag, wins and is followed; a later
+ * busy one is revoked.
  */
-OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struct insertion *in)
+OWN_FUNCTION int insert_scan(struct bucket *first, struct bucket *second, struct insertion *in)
 {
 	if (!first || !second || !in)
 		return INSERT_FULL;
 
-	/* Most often there is plenty of room, and no expired entry of the flow's to take. */
-	if (!(tagged(first, in->tag) + tagged(second, in->tag)) &&
-	    filled(first) < RPSEL_FIRST_BUCKET)
-		in->place = first_empty(first) & (RPSEL_BUCKET - 1);
-	else if (!weigh(first, second, in))
-		return look_again(first, second, in, INSERT_FULL);
-
-	/*
-	 * The word is judged anew: what is exchanged is what was judged. A new flow
-	 * with our tag is most likely ours, inserted meanwhile.
-	 */
 	struct flow *mine = place_of(first, second, in->place);
-	__u64 old = READ_ONCE(mine->word);
 
-	if (!vacant(old, in) &&
-	    (!in->evicted || word_state(old) != FLOW_NEW || word_tag(old) == in->tag))
-		return look_again(first, second, in, INSERT_LOST);
-	in->evicted = !vacant(old, in);
-	in->busy = make_word(in->slot, in->incarnation, FLOW_BUSY, in->now, in->tag);
-	if (!exchange(&mine->word, old, in->busy))
-		return look_again(first, second, in, INSERT_LOST);
-	if (word_state(old) >= FLOW_NEW)
-		in->over = old;
-	WRITE_ONCE(mine->identity, in->identity);
-
-	/* Nobody but us: most often that is all. */
-	if (tagged(first, in->tag) + tagged(second, in->tag) == 1)
-		return INSERT_CLAIMED;
 	for (__u32 place = 0; place < 2 * RPSEL_BUCKET; place++) {
 		struct flow *f = place_of(first, second, place);
 		__u64 w = READ_ONCE(f->word);
@@ -448,22 +450,88 @@ OWN_FUNCTION int insert_claim(struct bucket *first, struct bucket *second, struc
 	return INSERT_CLAIMED;
 }
 
-/*
- * insert_commit makes a claimed entry visible. It fails when the claim was
- * revoked meanwhile; then the winner is followed.
- */
-OWN_FUNCTION int insert_commit(struct bucket *first, struct bucket *second, struct insertion *in)
+/* claim marks an entry busy for the flow, if it still has the word that was read. */
+ALWAYS_INLINE int claim(struct flow *f, __u64 old, struct insertion *in)
+{
+	in->busy = make_word(in->slot, in->incarnation, FLOW_BUSY, in->now, in->tag);
+	if (!exchange(&f->word, old, in->busy))
+		return 0;
+	WRITE_ONCE(f->identity, in->identity);
+	return 1;
+}
+
+/* insert_anywhere is insert_claim by all entries of both buckets. */
+OWN_FUNCTION int insert_anywhere(struct bucket *first, struct bucket *second, struct insertion *in)
 {
 	if (!first || !second || !in)
 		return INSERT_FULL;
+	if (!weigh(first, second, in))
+		return look_again(first, second, in, INSERT_FULL);
 
+	/*
+	 * The word is judged anew: what is exchanged is what was judged. A new flow
+	 * with our tag is most likely ours, inserted meanwhile.
+	 */
+	struct flow *mine = place_of(first, second, in->place);
+	__u64 old = READ_ONCE(mine->word);
+
+	if (!vacant(old, in) &&
+	    (!in->evicted || word_state(old) != FLOW_NEW || word_tag(old) == in->tag))
+		return look_again(first, second, in, INSERT_LOST);
+	in->evicted = !vacant(old, in);
+	if (!claim(mine, old, in))
+		return look_again(first, second, in, INSERT_LOST);
+	if (word_state(old) >= FLOW_NEW)
+		in->over = old;
+	return insert_scan(first, second, in);
+}
+
+/*
+ * insert_claim finds room for a flow that is in neither bucket and marks it
+ * busy. Room is, in this order: what is empty or expired (in the second bucket
+ * only when the first holds RPSEL_FIRST_BUCKET, and more), then the oldest new flow.
+ * Never an established one.
+ *
+ * Two CPUs may insert twin first packets at once. Each marks its place and then
+ * looks over all places, so that whichever way the two interleave, one entry
+ * remains.
+ *
+ * A busy entry belongs to the CPU that marked it until that CPU itself makes it
+ * something else: nobody takes it, and whoever revokes it only says so. That is
+ * why identity and details may be written by plain stores. It never stays busy,
+ * because a BPF program always runs to its end.
+ *
+ * Most often there is plenty of room in the first bucket, and nobody else has the
+ * tag. That takes no call, of which each costs 8 ns where the kernel guards returns
+ * against speculation.
+ */
+ALWAYS_INLINE int insert_claim(struct bucket *first, struct bucket *second, struct insertion *in)
+{
+	if (in->place >= NOWHERE || !claim(place_of(first, second, in->place), 0, in))
+		return insert_anywhere(first, second, in);
+	if (tagged(first, in->tag) + tagged(second, in->tag) == 1)
+		return INSERT_CLAIMED;
+	return insert_scan(first, second, in);
+}
+
+/* insert_withdraw ends an insertion whose claim was revoked; the winner is followed. */
+OWN_FUNCTION int insert_withdraw(struct bucket *first, struct bucket *second, struct insertion *in)
+{
+	if (!first || !second || !in)
+		return INSERT_FULL;
+	give_up(place_of(first, second, in->place), in);
+	return look_again(first, second, in, INSERT_LOST);
+}
+
+/* insert_commit makes a claimed entry visible. It fails when the claim was revoked meanwhile. */
+ALWAYS_INLINE int insert_commit(struct bucket *first, struct bucket *second, struct insertion *in)
+{
 	struct flow *mine = place_of(first, second, in->place);
 	__u64 word = make_word(in->slot, in->incarnation, FLOW_NEW, in->now, in->tag);
 
 	if (exchange(&mine->word, in->busy, word))
 		return INSERT_CLAIMED;
-	give_up(mine, in);
-	return look_again(first, second, in, INSERT_LOST);
+	return insert_withdraw(first, second, in);
 }
 
 /*

@@ -174,6 +174,7 @@ static __noinline int packet(void)
 		.idle_new = io.idle_new,
 		.slot = io.slot,
 		.incarnation = io.incarnation,
+		.place = place < RPSEL_BUCKET ? NOWHERE : empty_place(first, second),
 		.tag = flow_tag(identity),
 	};
 

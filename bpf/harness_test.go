@@ -257,6 +257,7 @@ type table [4]HarnessBucket
 // packet does what run_packet does. It returns the result and, of a hit, the slot.
 func (tb *table) packet(identity uint64, now, slot uint32) (result, served uint32) {
 	first, second := maps.Buckets(identity, uint32(len(tb)))
+	forgotten := false
 	for _, b := range []uint32{first, second} {
 		i := tb.find(b, identity)
 		if i < 0 {
@@ -264,7 +265,7 @@ func (tb *table) packet(identity uint64, now, slot uint32) (result, served uint3
 		}
 		f := &tb[b].Flows[i]
 		w := maps.Word(f.Word)
-		if expired(w, now) {
+		if forgotten = expired(w, now); forgotten {
 			break
 		}
 		f.Word = uint64(refresh(w, now))
@@ -273,7 +274,7 @@ func (tb *table) packet(identity uint64, now, slot uint32) (result, served uint3
 		}
 		return hit, w.Slot()
 	}
-	return tb.insert(first, second, identity, now, slot), slot
+	return tb.insert(first, second, identity, now, slot, forgotten), slot
 }
 
 func (tb *table) find(b uint32, identity uint64) int {
@@ -286,26 +287,23 @@ func (tb *table) find(b uint32, identity uint64) int {
 	return -1
 }
 
-// insert gives the flow the best place: its own, a vacant one, that of the
-// oldest new flow. The first bucket is preferred, but for a vacant place only
-// while it has two more, or the second has no more. An empty place is better than
-// an expired flow's, if the bucket has two more, and no entry has the flow's tag.
-func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32) uint32 {
+// insert gives the flow the best place: an empty one of a bucket that has two more,
+// unless the flow has an expired entry; that one, a vacant one, that of the oldest new
+// flow. The first bucket is preferred, but for a vacant place only while it has two
+// more, or the second has no more.
+func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32, forgotten bool) uint32 {
 	type place struct {
 		bucket uint32
 		index  int
 	}
 	var own, oldest *place
-	var vacant [2][]place
-	var empty []place // of the first bucket
-	tagged := false
+	var vacant, empty [2][]place
 	age := int32(-1 << 31)
 	for n, b := range []uint32{first, second} {
 		for i, f := range tb[b].Flows {
 			w, here := maps.Word(f.Word), place{b, i}
-			tagged = tagged || w.Tag() == uint32(identity&0xffff)
-			if w == 0 && n == 0 {
-				empty = append(empty, here)
+			if w == 0 && !forgotten {
+				empty[n] = append(empty[n], here)
 			}
 			switch silent := maps.Age(now, w.Second()); {
 			case w == 0 || expired(w, now):
@@ -320,8 +318,10 @@ func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32)
 	}
 	var at place
 	switch {
-	case !tagged && len(empty) > 2:
-		at = empty[0]
+	case len(empty[0]) > 2:
+		at = empty[0][0]
+	case len(empty[1]) > 2:
+		at = empty[1][0]
 	case own != nil:
 		at = *own
 	case len(vacant[0]) > 2 || len(vacant[0]) > 0 && len(vacant[1]) <= len(vacant[0]):

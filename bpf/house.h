@@ -194,31 +194,40 @@ static int tick(void *map, int *key, struct house *h)
 	return 0;
 }
 
-/*
- * keep_house starts the timer, unless it runs. It is called where a flow is
- * refreshed or a listener picked, which is often enough, and so costs a hit
- * nothing. If it fails that is tried again some seconds later.
- */
-OWN_FUNCTION int keep_house(__u32 now)
+OWN_FUNCTION int start_house(__u32 now)
 {
-	__u32 zero = 0, ticked;
-	struct house *h;
+	__u32 zero = 0;
+	struct house *h = bpf_map_lookup_elem(&house, &zero);
 
-	if (!timer)
-		return 0;
-	h = bpf_map_lookup_elem(&house, &zero);
 	if (!h)
 		return 0;
-	ticked = READ_ONCE(h->ticked);
-	if (ticked && recent(now, ticked, TICKS_LATE))
-		return 0;
-	if (!ticked)
+	if (!READ_ONCE(h->ticked))
 		WRITE_ONCE(h->mend, ALL); /* listeners may have died before */
 	WRITE_ONCE(h->ticked, now | TICKED);
 	bpf_timer_init(&h->timer, &house, CLOCK_MONOTONIC);
 	bpf_timer_set_callback(&h->timer, tick);
 	bpf_timer_start(&h->timer, TICK, 0);
 	return 0;
+}
+
+/*
+ * keep_house starts the timer, unless it runs. It is called where a flow is
+ * refreshed or a listener picked, which is often enough, and so costs a hit
+ * nothing. If it fails that is tried again some seconds later.
+ */
+ALWAYS_INLINE void keep_house(__u32 now)
+{
+	__u32 zero = 0, ticked;
+	struct house *h;
+
+	if (!timer)
+		return;
+	h = bpf_map_lookup_elem(&house, &zero);
+	if (!h)
+		return;
+	ticked = READ_ONCE(h->ticked);
+	if (!ticked || !recent(now, ticked, TICKS_LATE))
+		start_house(now);
 }
 
 /* mourn buries a listener that was found dead, and has the pick table mended. */

@@ -31,15 +31,23 @@ struct choice {
 	__u32 incarnation;
 };
 
-OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choice *c)
+/* choose_present is choose for whoever has the slot. */
+ALWAYS_INLINE int choose_present(struct sk_reuseport_md *ctx, __u32 slot, struct choice *c)
 {
 	struct slot *s = bpf_map_lookup_elem(&slots, &slot);
 
-	if (!s || !c)
+	if (!s)
 		return 0;
 	c->slot = slot;
 	c->incarnation = READ_ONCE(s->incarnation);
-	return choose(ctx, slot, c->incarnation);
+	if (bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
+		return 0;
+	return same_incarnation(READ_ONCE(s->incarnation), c->incarnation);
+}
+
+OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choice *c)
+{
+	return c ? choose_present(ctx, slot, c) : 0;
 }
 
 /*

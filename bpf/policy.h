@@ -120,4 +120,20 @@ OWN_FUNCTION int pick_new(struct sk_reuseport_md *ctx, const struct config *cfg,
 	return policy != POLICY_LEAST || pick_lighter(ctx, cfg, hash, c);
 }
 
+/*
+ * pick_at_once does so where it takes no call: by the pick table, whose listener
+ * lives. Who fails has pick_new to ask.
+ */
+ALWAYS_INLINE int pick_at_once(struct sk_reuseport_md *ctx, const struct config *cfg, __u32 hash,
+			       int waiting, struct choice *c)
+{
+	__u64 table = READ_ONCE(cfg->table);
+	__u32 *entry;
+
+	if (READ_ONCE(cfg->policy) >= POLICY_LEAST)
+		return 0;
+	entry = pick_entry(table_first(table) + scale(hash, table_size(table)));
+	return entry && choose_present(ctx, picked(READ_ONCE(*entry), waiting), c);
+}
+
 #endif

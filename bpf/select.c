@@ -544,13 +544,40 @@ ALWAYS_INLINE int rehome(struct sk_reuseport_md *ctx, const struct config *cfg, 
 	return SK_PASS;
 }
 
-/* admit gives a flow that is in neither bucket a listener and an entry. */
+/* row_of is the row of details of an entry, by its place in the flow's two buckets. */
+ALWAYS_INLINE __u32 row_of(__u64 identity, __u32 place)
+{
+	__u32 bucket = place < RPSEL_BUCKET ? first_bucket(identity, buckets)
+					    : second_bucket(identity, buckets);
+
+	return bucket * RPSEL_BUCKET + (place & (RPSEL_BUCKET - 1));
+}
+
+/*
+ * touch_row has the CPU fetch a row of details, while it has other things to do: the
+ * exchange after it is written would wait for that.
+ */
+ALWAYS_INLINE void touch_row(__u32 row)
+{
+	struct detail *d = bpf_map_lookup_elem(&details, &row);
+
+	if (d)
+		(void)READ_ONCE(d->history);
+}
+
+/*
+ * admit gives a flow that is in neither bucket a listener and an entry: at the place,
+ * if that is still empty.
+ */
 ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, struct bucket *first,
-			struct bucket *second, __u64 identity, __u32 port, __u32 now, int waiting)
+			struct bucket *second, __u32 place, __u64 identity, __u32 port, __u32 now,
+			int waiting)
 {
 	struct choice c = {};
 	__u64 client[2];
 	int hint = HINT_NONE;
+
+	touch_row(row_of(identity, place));
 
 	if (!client_of(ctx, client)) {
 		COUNT(parse_error);
@@ -558,9 +585,14 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 	}
 	if (first_packets == FIRST_OPENVPN)
 		hint = take_hint(ctx, cfg, waiting, now, &c);
-	if (hint != HINT_FLOAT &&
-	    !pick_new(ctx, cfg, pick_hash(ctx, identity), hint ? unsettled(waiting) : waiting, &c))
-		return fallback();
+	if (hint != HINT_FLOAT) {
+		__u32 hash = pick_hash(ctx, identity);
+		int until = hint ? unsettled(waiting) : waiting;
+
+		if (!pick_at_once(ctx, cfg, hash, until, &c) &&
+		    !pick_new(ctx, cfg, hash, until, &c))
+			return fallback();
+	}
 
 	struct insertion in = {
 		.identity = identity,
@@ -569,12 +601,11 @@ ALWAYS_INLINE int admit(struct sk_reuseport_md *ctx, const struct config *cfg, s
 		.idle_new = cfg->idle_new,
 		.slot = c.slot,
 		.incarnation = c.incarnation,
+		.place = place,
 		.tag = flow_tag(identity),
 	};
 	int result = insert_claim(first, second, &in);
-	__u32 bucket = in.place < RPSEL_BUCKET ? first_bucket(identity, buckets)
-					       : second_bucket(identity, buckets);
-	__u32 row = bucket * RPSEL_BUCKET + (in.place & (RPSEL_BUCKET - 1));
+	__u32 row = row_of(identity, in.place), bucket = row / RPSEL_BUCKET;
 
 	if (in.over) {
 		tally(cfg, in.over, bucket, -1);
@@ -712,13 +743,17 @@ forgotten:
 	second = bpf_map_lookup_elem(&flows, &b);
 	if (!second)
 		return fallback();
+	place = NOWHERE; /* but its own */
+	goto begin;
 unknown:
+	place = empty_place(first, second);
+begin:
 	keep_house(now);
 	if (frozen(cfg, now)) {
 		left_untracked(now);
 		return untracked(ctx, cfg, pick_hash(ctx, identity), waiting);
 	}
-	return admit(ctx, cfg, first, second, identity, port, now, waiting);
+	return admit(ctx, cfg, first, second, place, identity, port, now, waiting);
 }
 
 #include "reply.h"

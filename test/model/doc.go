@@ -6,7 +6,7 @@
 // C functions they are taken from. Two things are made wider than the C, so
 // that more is checked than can happen: every packet has its own order of
 // listeners to pick from, and an insertion may try any place that it could
-// take, not only the one survey would choose. One thing is left out: loads of
+// take, not only the one empty_place or survey would choose. One thing is left out: loads of
 // one CPU happen in program order, as the address dependencies of after() and
 // the full barrier of an exchange make them.
 package model

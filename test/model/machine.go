@@ -190,6 +190,9 @@ func (m *machine) step(s state, i int, emit func(state)) {
 		slot := m.order[i][a.try]
 		a.choice = listener{slot, s.slots[slot].incarnation}
 		picked := stepSurvey
+		if a.planned > 0 {
+			picked = stepPlanned
+		}
 		if a.mine < maxPlaces {
 			picked = stepRehome
 		}
@@ -228,6 +231,18 @@ func (m *machine) step(s state, i int, emit func(state)) {
 	case stepOwnChoice:
 		a.choose(a.choice, stepDeliver, stepFallback)
 
+	case stepPlan:
+		m.plan(s, i, emit)
+		return
+	case stepPlanned:
+		if s.entries[a.planned-1].word != (word{}) && !m.plainInsert {
+			a.planned, a.pc = 0, stepSurvey
+			break
+		}
+		a.mine, a.planned, a.word = a.planned-1, 0, word{}
+		a.pc = stepClaim
+		m.step(s, i, emit) // by the same exchange
+		return
 	case stepSurvey:
 		m.survey(s, i, emit)
 		return
@@ -368,10 +383,26 @@ func (m *machine) step(s state, i int, emit func(state)) {
 // lookup is find_in from a place on.
 func (m *machine) lookup(a *actor, place uint8) {
 	if place >= m.places {
-		a.place, a.pc = 0, stepPick
+		a.place, a.pc = 0, stepPlan
 		return
 	}
 	a.hold(place, stepFound, stepLookup)
+}
+
+// plan emits a state for each empty place, as if any might be the one that is the
+// bucket's first.
+func (m *machine) plan(s state, i int, emit func(state)) {
+	a := &s.actors[i]
+	a.pc = stepPick
+	for place, e := range s.entries[:m.places] {
+		if e.word == (word{}) {
+			a.planned = uint8(place) + 1
+			emit(s)
+		}
+	}
+	if a.planned == 0 {
+		emit(s)
+	}
 }
 
 // survey emits a state for each place that survey might return: the flow's own

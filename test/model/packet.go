@@ -48,19 +48,21 @@ const (
 	stepTheirs    // rehome: same_listener(theirs, word)
 	stepOwnChoice // rehome, admit: choose(ctx, c.slot, c.incarnation)
 
-	stepSurvey   // insert_claim: survey(first), survey(second)
-	stepJudge    // insert_claim: old = READ_ONCE(mine->word)
-	stepClaim    // insert_claim: exchange(&mine->word, old, in->busy)
-	stepIdentity // insert_claim: WRITE_ONCE(mine->identity, …)
-	stepScan     // insert_claim: w = READ_ONCE(f->word)
-	stepScanNext // insert_claim: the next place
-	stepRevoke   // insert_claim: exchange(&f->word, w, FLOW_REVOKED)
+	stepPlan     // rpsel_select: empty_place(first, second)
+	stepPlanned  // insert_claim: claim(place_of(…), 0, in)
+	stepSurvey   // insert_anywhere: survey(first), survey(second)
+	stepJudge    // insert_anywhere: old = READ_ONCE(mine->word)
+	stepClaim    // claim: exchange(&f->word, old, in->busy)
+	stepIdentity // claim: WRITE_ONCE(f->identity, …)
+	stepScan     // insert_scan: w = READ_ONCE(f->word)
+	stepScanNext // insert_scan: the next place
+	stepRevoke   // insert_scan: exchange(&f->word, w, FLOW_REVOKED)
 	stepLoose    // without the second look of entry_holds
-	stepYield    // insert_claim: entry_holds: give up for this entry
+	stepYield    // insert_scan: entry_holds: give up for this entry
 	stepGiveUp   // give_up: exchange(&mine->word, in->busy, 0)
 	stepGiveBack // give_up: exchange(&mine->word, FLOW_REVOKED, 0)
 	stepCommit   // insert_commit: exchange(&mine->word, in->busy, word)
-	stepRevoked  // insert_commit: give_up(mine, in)
+	stepRevoked  // insert_withdraw: give_up(…)
 
 	stepLookAgain     // look_again: w = READ_ONCE(f->word)
 	stepLookAgainNext // look_again: the next place
@@ -84,7 +86,7 @@ var names = map[pc]string{
 	stepHoldsWord: "entry_holds: word", stepHoldsIdentity: "entry_holds: identity", stepHoldsAgain: "entry_holds: word again",
 	stepChooseNumber: "choose: incarnation", stepChooseSelect: "choose: select", stepChooseAgain: "choose: incarnation again",
 	stepPick: "pick", stepPickNext: "pick: next", stepDead: "dead", stepRehome: "rehome: exchange",
-	stepTheirs: "rehome: whose is it", stepOwnChoice: "choose own pick", stepSurvey: "survey", stepJudge: "claim: word",
+	stepTheirs: "rehome: whose is it", stepOwnChoice: "choose own pick", stepPlan: "empty_place", stepPlanned: "claim: empty", stepSurvey: "survey", stepJudge: "claim: word",
 	stepClaim: "claim: exchange", stepIdentity: "claim: store identity", stepScan: "scan: word", stepRevoke: "scan: revoke",
 	stepScanNext: "scan: next", stepLookAgainNext: "look_again: next", stepLoose: "identity, once", stepYield: "scan: yield", stepGiveUp: "give_up", stepGiveBack: "give_up: revoked",
 	stepCommit: "commit", stepRevoked: "commit: revoked", stepLookAgain: "look_again: word", stepAgainHeld: "look_again: ours",

@@ -68,6 +68,7 @@ type actor struct {
 	now      uint8
 	place    uint8    // the place being looked at
 	mine     uint8    // the place of the flow's entry or claim, maxPlaces for none
+	planned  uint8    // 1 + the empty place that a new flow is to have, 0 for none
 	tries    uint8    // of entry_holds
 	losses   uint8    // of rehome
 	try      uint8    // which listener of the packet's order is tried
