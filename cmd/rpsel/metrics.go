@@ -20,7 +20,7 @@ Groups are labelled by netns (the cookie of the network namespace), proto, addr,
 port, device, v6only and uid, listeners also by slot. Counters go on when another
 listener takes a slot, and begin anew when a group is detached and attached.`,
 		Example: `  rpsel metrics
-  rpsel metrics -N all > rpsel.prom.new && mv rpsel.prom.new rpsel.prom`,
+  rpsel metrics -N all`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			groups, err := s.open()
