@@ -36,6 +36,10 @@ type Counters struct {
 	Evicted uint64
 }
 
+// Served counts runs of the program that selected a slot, by outcome as in
+// Counters, and the bytes of their transport headers and payloads.
+type Served struct{ Hit, New, Rehomed, Untracked, Migrated, Bytes uint64 }
+
 // Listener is what there is to say of a registered listener.
 type Listener struct {
 	// Slot is its place in the group, from 0 on, and Cookie the number of its
@@ -69,7 +73,7 @@ type Listener struct {
 	Hit, New, Rehomed, Untracked, Migrated, Bytes uint64
 	// Total is the same over all listeners that have been in the slot: it does not
 	// go down while the group has state.
-	Total maps.SlotCounters
+	Total Served
 	// RxQueue is what waits in the socket and Drops what it had to drop, both
 	// -1 if unknown.
 	RxQueue, Drops int
@@ -266,7 +270,7 @@ func (g *Group) listeners(status *Status, live sockets.Group, now uint32) error 
 			Hit: n.Hit - record.Base.Hit, New: n.New - record.Base.New, Rehomed: n.Rehomed - record.Base.Rehomed,
 			Untracked: n.Untracked - record.Base.Untracked, Migrated: n.Migrated - record.Base.Migrated,
 			Bytes: n.Bytes - record.Base.Bytes, RxQueue: -1, Drops: -1, Joined: age(now, record.Joined),
-			Total: n,
+			Total: Served{n.Hit, n.New, n.Rehomed, n.Untracked, n.Migrated, n.Bytes},
 		}
 		switch state := s.listeners.State(slot); {
 		case cookie == 0:

@@ -9,7 +9,6 @@ import (
 
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
-	"github.com/rpsel/rpsel/maps"
 )
 
 // summary reads one group beside another one, as a scrape does.
@@ -130,7 +129,7 @@ func TestCountsOnlyRise(t *testing.T) {
 	if _, err := fs.Detach(g.Key()); err != nil {
 		t.Fatal(err)
 	}
-	if s := summary(t, attach(t, fs, ns, noSettle)); s.Counters != (loader.Counters{}) || s.Listeners[0].Total != (maps.SlotCounters{}) {
+	if s := summary(t, attach(t, fs, ns, noSettle)); s.Counters != (loader.Counters{}) || s.Listeners[0].Total != (loader.Served{}) {
 		t.Errorf("attached anew: %+v", s)
 	}
 }
@@ -141,6 +140,6 @@ func fallen(was, is loader.Counters) bool {
 		is.Fallback < was.Fallback || is.Migrated < was.Migrated || is.ParseError < was.ParseError || is.TableFull < was.TableFull || is.Evicted < was.Evicted
 }
 
-func fallenSlot(was, is maps.SlotCounters) bool {
+func fallenSlot(was, is loader.Served) bool {
 	return is.Hit < was.Hit || is.New < was.New || is.Rehomed < was.Rehomed || is.Untracked < was.Untracked || is.Migrated < was.Migrated || is.Bytes < was.Bytes
 }

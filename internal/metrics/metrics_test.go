@@ -16,7 +16,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rpsel/rpsel/loader"
-	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -28,7 +27,7 @@ func groups() []loader.Summary {
 	listener := loader.Listener{
 		Slot: 2, PID: 4711, Command: "secret", State: "draining", Weight: 3, Generation: 4, Flows: 5, Connections: 6,
 		Hit: 1, New: 1, Rehomed: 1, Untracked: 1, Migrated: 1, Bytes: 1, RxQueue: 8, Drops: 9,
-		Total: maps.SlotCounters{Hit: 11, New: 12, Rehomed: 13, Untracked: 14, Migrated: 15, Bytes: 16},
+		Total: loader.Served{Hit: 11, New: 12, Rehomed: 13, Untracked: 14, Migrated: 15, Bytes: 16},
 	}
 	var list []loader.Summary
 	for _, k := range []loader.Key{key, tcp, v6only, device, uid} {

@@ -3,7 +3,6 @@ package e2e
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -141,23 +140,10 @@ func newDocs(t *testing.T) *docs {
 	return &docs{r, t.TempDir()}
 }
 
-// run runs a script in the namespace, where the state is on /sys/fs/bpf.
+// run runs a script in the place.
 func (d *docs) run(script string, env ...string) {
 	d.t.Helper()
-	const enter = `mount --bind "$BPFFS" /sys/fs/bpf && exec sh -euc "$SCRIPT"`
-	cmd := exec.Command("unshare", "--mount", "sh", "-euc", enter)
-	cmd.Dir = d.dir
-	cmd.Env = append(os.Environ(), append(env, "BPFFS="+d.bpffs, "SCRIPT="+script,
-		"PATH="+filepath.Dir(d.path)+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")...)
-	var out strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.WaitDelay = time.Second // a daemon has its standard error
-	if err := d.ns.Start(cmd); err != nil {
-		d.t.Fatal(err)
-	}
-	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() != 0 {
-		d.t.Fatalf("%s\n%v\n%s", script, err, out.String())
-	}
+	d.ns.Script(d.t, d.bpffs, "cd '"+d.dir+"'\n"+script, env...)
 }
 
 // process is one that is nobody's child here.

@@ -78,10 +78,10 @@ func TestPrometheus(t *testing.T) {
 	m.awaitValue(`max(resets(rpsel_listener_runs_total{job="rpsel"}[1h]))`, 0)
 	m.awaitValue(`max(resets(rpsel_group_runs_total{job="rpsel"}[1h]))`, 0)
 
+	m.script() // health
 	m.textfile()
 	m.dashboard()
 	m.rules()
-	m.script("curl")
 
 	// The control: state that is made anew counts anew. The agent attaches its service again.
 	if out, err := r.outside("detach").CombinedOutput(); err != nil {
@@ -116,6 +116,7 @@ func (r *rpsel) awaitOthers(pid, n int, before ...listener) (now []listener) {
 type monitored struct {
 	*rpsel
 	readme string
+	page   *testnet.Page
 	dir    string // of Prometheus, and of textfiles
 	client http.Client
 }
@@ -129,7 +130,7 @@ func newMonitored(t *testing.T) *monitored {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &monitored{rpsel: newRpsel(t, testnet.New(t), 1194), readme: string(readme), dir: t.TempDir()}
+	m := &monitored{rpsel: newRpsel(t, testnet.New(t), 1194), readme: string(readme), page: testnet.OpenPage(t, "monitoring/README.md"), dir: t.TempDir()}
 	m.client = http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(_ context.Context, network, addr string) (conn net.Conn, err error) {
@@ -243,16 +244,16 @@ func (m *monitored) awaitValue(expr string, want float64) {
 	m.until(expr, fmt.Sprint(want), func(values []float64) bool { return len(values) == 1 && values[0] == want })
 }
 
-// script runs a script of the README that has a word in it.
-func (m *monitored) script(word string) {
+// script runs the README's next script.
+func (m *monitored) script() {
 	m.t.Helper()
-	(&docs{m.rpsel, m.dir}).run(m.snippet("sh", word), "TEXTFILES="+m.dir)
+	(&docs{m.rpsel, m.dir}).run(m.page.Next(), "TEXTFILES="+m.dir)
 }
 
 // textfile has node_exporter tell what "rpsel metrics" says.
 func (m *monitored) textfile() {
 	m.t.Helper()
-	m.script("TEXTFILES")
+	m.script()
 	m.awaitValue(`rpsel_group_flow_capacity{job="node",port="1194"}`, 262144)
 	m.awaitValue(`sum(rpsel_group_runs_total{job="node",port="1194"}) - sum(rpsel_group_runs_total{job="rpsel",port="1194"})`, 0)
 	m.awaitValue(`node_textfile_scrape_error`, 0)

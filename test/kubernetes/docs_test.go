@@ -16,21 +16,18 @@ import (
 // user namespace.
 func TestFromTheMachine(t *testing.T) {
 	testnet.Privileged(t)
-	scripts := testnet.Scripts(t, "../../docs/containers.md")
-	if len(scripts) != 1 {
-		t.Fatalf("the page has %d scripts, the test knows 1", len(scripts))
-	}
+	page := testnet.OpenPage(t, "containers.md")
 	// What is attached is to be seen in the end.
-	script := strings.Replace(scripts[0], "rpsel detach", `rpsel status -H -N game | grep " active "`+"\nrpsel detach", 1)
+	script := strings.Replace(page.Next(), "rpsel detach", `rpsel status -H -N game | grep " active "`+"\nrpsel detach", 1)
 	n := newNode(t)
 	for _, test := range []struct {
 		name  string
-		serve func(*testnet.NetNS) *testnet.Server
+		serve func(*testing.T, *testnet.NetNS) *testnet.Server
 	}{
-		{"pod", func(ns *testnet.NetNS) *testnet.Server {
+		{"pod", func(t *testing.T, ns *testnet.NetNS) *testnet.Server {
 			return startPod(t, n, ns, load(t, "sidecar.yaml"), "server").serve("a")
 		}},
-		{"user namespace", func(ns *testnet.NetNS) *testnet.Server {
+		{"user namespace", func(t *testing.T, ns *testnet.NetNS) *testnet.Server {
 			return testnet.StartServer(t, ns, testnet.ServerOptions{
 				Network: "udp4", Addr: fmt.Sprintf("0.0.0.0:%d", port), ReusePort: true,
 				Wrap: []string{"unshare", "--user", "--map-root-user"},
@@ -38,7 +35,7 @@ func TestFromTheMachine(t *testing.T) {
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			server := test.serve(testnet.New(t))
+			server := test.serve(t, testnet.New(t))
 			said := testnet.New(t).Script(t, n.bpffs, script, "pid="+strconv.Itoa(server.PID()))
 			if strings.Count(said, " active ") < 3 {
 				t.Errorf("it said\n%s", said)

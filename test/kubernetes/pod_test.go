@@ -81,6 +81,8 @@ func startPod(t testing.TB, n *node, ns *testnet.NetNS, m manifest, name string)
 		case v.ConfigMap != nil:
 			dir := testnet.RunDir(t)
 			for name, text := range m.configs[v.ConfigMap.Name] {
+				// On a busy machine no flow may be forgotten before it is asked again.
+				text += "\nidle = \"1h\"\nidle-new = \"1h\"\n"
 				must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
 			}
 			p.volumes[v.Name] = dir
