@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -299,15 +300,16 @@ func TestSameProcess(t *testing.T) {
 			t.Errorf("stderr is %q, exit code %d", stderr.String(), cmd.ProcessState.ExitCode())
 		}
 	})
-	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
-		t.Run(signal.String(), func(t *testing.T) {
+	for _, sent := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
+		t.Run(sent.String(), func(t *testing.T) {
+			heed(t, sent)
 			p := w.serve(on(), "udp4", "127.0.0.1:7777", "a")
 			if p.pid != p.Process.Pid {
 				t.Fatalf("the server is %d, run was %d", p.pid, p.Process.Pid)
 			}
-			must(t, p.Process.Signal(signal))
+			must(t, p.Process.Signal(sent))
 			p.Wait()
-			if status := p.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != signal {
+			if status := p.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != sent {
 				t.Errorf("it ended with %v", p.ProcessState)
 			}
 		})
@@ -321,6 +323,16 @@ func TestSameProcess(t *testing.T) {
 		}
 		p.stop()
 	})
+}
+
+// heed has processes that are started from now on heed a signal: who is started by
+// one that ignores it, as nohup makes of SIGHUP, does so, too.
+func heed(t *testing.T, s os.Signal) {
+	if signal.Ignored(s) {
+		caught := make(chan os.Signal, 1)
+		signal.Notify(caught, s)
+		t.Cleanup(func() { signal.Ignore(s) })
+	}
 }
 
 // A script that does not name its interpreter is the shell's, as for execvp(3).
