@@ -166,12 +166,7 @@ func completeNetNS(cmd *cobra.Command, args []string, prefix string) ([]cobra.Co
 
 // listeners are those of the groups that a command line has chosen so far.
 func (s *scope) listeners(each func(loader.Key, loader.Listener)) error {
-	groups, err := s.open()
-	if err != nil {
-		return err
-	}
-	defer closeAll(groups)
-	list, err := statuses(groups)
+	list, err := s.look()
 	if err != nil {
 		return err
 	}

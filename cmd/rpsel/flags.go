@@ -25,7 +25,8 @@ type scope struct {
 	netns string        // "": the caller's
 	bpffs string        // "": the usual one
 
-	agent *daemon.Info // nil: none was found
+	agent   *daemon.Info     // nil: none was found
+	damaged []loader.Summary // groups that look could not read
 }
 
 // fs is where the state is.

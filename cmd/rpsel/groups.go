@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -99,40 +100,64 @@ func (s *scope) keys(netns uint64) ([]loader.Key, error) {
 // open is openAny, but none is an error if the scope names a port or an address.
 func (s *scope) open() ([]*loader.Group, error) {
 	groups, err := s.openAny()
-	if err == nil && len(groups) == 0 && (s.port != 0 || s.addr.IsValid()) {
-		return nil, notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
+	if err == nil && len(groups) == 0 {
+		err = s.missing()
 	}
 	return groups, err
 }
 
+// missing is what is wrong with a scope that has no group, if it names a port or an
+// address.
+func (s *scope) missing() error {
+	if s.port == 0 && !s.addr.IsValid() {
+		return nil
+	}
+	return notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
+}
+
 // openAny opens the scope's groups that have state. The caller closes them with
 // closeAll.
-func (s *scope) openAny() (_ []*loader.Group, err error) {
+func (s *scope) openAny() ([]*loader.Group, error) {
+	groups, damaged, err := s.openUsable()
+	if err == nil && len(damaged) > 0 {
+		closeAll(groups)
+		return nil, damaged[0].Err
+	}
+	return groups, err
+}
+
+// openUsable is openAny for who looks at what there is: a group whose state cannot be
+// used does not hide the others.
+func (s *scope) openUsable() (groups []*loader.Group, damaged []loader.Summary, err error) {
 	netns, err := s.cookieOrAll()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	keys, err := s.keys(netns)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var groups []*loader.Group
-	defer func() {
-		if err != nil {
-			closeAll(groups)
-		}
-	}()
 	for _, k := range keys {
 		g, err := s.fs().Open(k)
 		if errors.Is(err, loader.ErrNotAttached) {
 			continue // detached since it was listed
 		}
+		if unusable(err) {
+			damaged = append(damaged, loader.Summary{Status: loader.Status{Key: k}, Err: err})
+			continue
+		}
 		if err != nil {
-			return nil, err
+			closeAll(groups)
+			return nil, nil, err
 		}
 		groups = append(groups, g)
 	}
-	return groups, nil
+	return groups, damaged, nil
+}
+
+// unusable tells whether it is the state of a group that makes it unreadable.
+func unusable(err error) bool {
+	return errors.Is(err, loader.ErrOlder) || errors.Is(err, loader.ErrNewer) || errors.Is(err, loader.ErrIncompatible) || errors.Is(err, maps.ErrDamaged)
 }
 
 func closeAll(groups []*loader.Group) {
@@ -151,6 +176,33 @@ func statuses(groups []*loader.Group) ([]loader.Status, error) {
 		}
 		list = append(list, status)
 	}
+	return list, nil
+}
+
+// look reads how the scope's groups stand, for who looks at what there is. Those whose
+// state cannot be used are in s.damaged; if there are no others, that is an error.
+func (s *scope) look() ([]loader.Status, error) {
+	groups, damaged, err := s.openUsable()
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(groups)
+	list := []loader.Status{}
+	for _, g := range groups {
+		status, err := g.Status()
+		if unusable(err) {
+			damaged = append(damaged, loader.Summary{Status: loader.Status{Key: g.Key()}, Err: err})
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, status)
+	}
+	if len(list) == 0 && len(damaged) > 0 {
+		return nil, damaged[0].Err
+	}
+	s.damaged = damaged
 	return list, nil
 }
 

@@ -145,10 +145,17 @@ func manualCommand(cmd *cobra.Command, date string) string {
 func manualConfig(root *cobra.Command, date string) string {
 	p := newPage("rpsel.toml", 5, "Services of the rpsel agent", date)
 	p.section("DESCRIPTION")
-	p.text("The file " + config.Default + ` tells "rpsel agent" which ports to keep sticky, and how. It is TOML: a list of
-services, of which the first that fits a socket counts. The agent reads it again on
+	p.text("The file " + config.Default + ` tells "rpsel agent" which ports to keep sticky, and how. It is TOML: where metrics
+are served, if need be, and a list of services, of which the first that fits a socket counts. The agent reads it again on
 SIGHUP; with a mistake in it all stays as it was. "rpsel check --config" looks for
 mistakes.
+
+The metrics, and /healthz, come first:
+
+  metrics = "` + config.DefaultMetrics + `"
+
+That is the default, and for this machine alone. "` + config.UnixMetrics + `/PATH" is a unix socket that
+its owner and group may use, and "off" is neither.
 
 Each service begins with a line
 
@@ -265,7 +272,11 @@ func (p *page) option(f *pflag.Flag) {
 		tag = `\fB` + escape("-"+f.Shorthand) + `\fR, ` + tag
 	}
 	value, usage := pflag.UnquoteUsage(f)
-	if value != "" {
+	switch {
+	case value != "" && f.NoOptDefVal != "":
+		tag += `[=\fI` + escape(value) + `\fR]`
+		usage += " (default " + f.NoOptDefVal + ")"
+	case value != "":
 		tag += ` \fI` + escape(value) + `\fR`
 	}
 	p.item(tag, sentence(usage))

@@ -85,7 +85,7 @@ func TestManual(t *testing.T) {
 		if diff := cmp.Diff(order, sections.FindAllString(rendered[page], -1)); diff != "" {
 			t.Errorf("%s: sections (-want +got):\n%s", page, diff)
 		}
-		cmd.LocalFlags().VisitAll(func(f *pflag.Flag) { has(page, `(?m)^ +(-\w, )?--`+f.Name+`( |$)`) })
+		cmd.LocalFlags().VisitAll(func(f *pflag.Flag) { has(page, `(?m)^ +(-\w, )?--`+f.Name+`( |\[=|$)`) })
 		for line := range strings.Lines(cmd.Example) {
 			has(page, `(?m)^ +`+regexp.QuoteMeta(strings.TrimSpace(line))+`$`)
 		}
@@ -102,6 +102,8 @@ func TestManual(t *testing.T) {
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(rendered))); diff != "" {
 		t.Errorf("pages (-want +got):\n%s", diff)
 	}
+	has("rpsel-status.8", `(?m)^ +-w, --watch\[=INTERVAL\]$`)
+	has("rpsel.toml.5", `(?m)^ +metrics = "`+regexp.QuoteMeta(config.DefaultMetrics)+`"$`)
 	for _, key := range config.Keys() {
 		has("rpsel.toml.5", `(?m)^ +`+key.Name+`( |$)`)
 	}

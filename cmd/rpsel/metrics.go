@@ -13,7 +13,8 @@ func newMetricsCmd(e *env) *cobra.Command {
 		Use:   "metrics",
 		Short: "Print the groups and their listeners for Prometheus",
 		Long: `Print how the sticky groups and their listeners stand, in Prometheus' text format,
-for the textfile collector of its node_exporter. If it fails nothing is printed.
+for the textfile collector of its node_exporter. If it fails nothing is printed. Of
+a group whose state cannot be used there is no more than rpsel_group_up, which is 0.
 Where the agent runs it serves the same, and how it stands itself, over HTTP.
 
 Groups are labelled by netns (the cookie of the network namespace), proto, addr,
@@ -23,15 +24,21 @@ listener takes a slot, and begin anew when a group is detached and attached.`,
   rpsel metrics -N all`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			groups, err := s.open()
+			groups, damaged, err := s.openUsable()
+			if err == nil && len(groups)+len(damaged) == 0 {
+				err = s.missing()
+			}
 			if err != nil {
 				return err
 			}
 			defer closeAll(groups)
-			summaries := loader.Summarize(groups)
+			summaries := append(loader.Summarize(groups), damaged...)
 			for _, summary := range summaries {
-				if summary.Err != nil {
+				if summary.Err != nil && !unusable(summary.Err) {
 					return summary.Err
+				}
+				if summary.Err != nil {
+					e.warn("%s", errorText(summary.Err, false))
 				}
 			}
 			name, _ := ownVersion()

@@ -364,6 +364,7 @@ func TestWatchEnds(t *testing.T) {
 	}{
 		{"SIGTERM", nil, syscall.SIGTERM, true},
 		{"SIGINT", nil, syscall.SIGINT, true},
+		{"SIGQUIT", nil, syscall.SIGQUIT, true},
 		{"NO_COLOR", []string{"NO_COLOR=1"}, syscall.SIGTERM, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

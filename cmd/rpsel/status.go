@@ -30,11 +30,14 @@ What is wrong with a group is said on standard error, and is in the "warnings" o
 the listener: a train of datagrams that GRO joined is one. RXQ and DROPS are the
 socket's own. CONNS, of TCP, are the connections that the listener has open now.
 
+A group whose state cannot be used does not hide the others: it is said on standard
+error, and is in the "unusable" of --json. If there are no others it is an error.
+
 With --watch it is shown anew every so often, groups that come and go as well, until
-Ctrl-C. A terminal is redrawn, anything else gets block after block; with --json each
-time is a line. PACKETS/S is since the time before, and so are the histories of the
-whole group; SHARE is of the flows, of TCP connections, or of packets where neither
-is counted.`,
+Ctrl-C. A terminal is redrawn, without colours if NO_COLOR is set; anything else gets
+block after block, and with --json each time is a line. PACKETS/S is since the time
+before, and so are the histories of the whole group; SHARE is of the flows, of TCP
+connections, or of packets where neither is counted.`,
 		Example: `  rpsel status
   rpsel status --port 1194 -j
   rpsel status -N all
@@ -50,12 +53,10 @@ is counted.`,
 			if every > 0 {
 				return watchStatus(e, &s, every, asJSON, noHeader)
 			}
-			groups, err := s.open()
-			if err != nil {
-				return err
+			list, err := s.look()
+			if err == nil && len(list) == 0 {
+				err = s.missing()
 			}
-			defer closeAll(groups)
-			list, err := statuses(groups)
 			if err != nil {
 				return err
 			}
@@ -105,6 +106,9 @@ func (s *scope) warnOf(e *env, list []loader.Status) {
 		for _, refused := range s.agent.Refused {
 			e.warn("the agent (pid %d): %s", s.agent.PID, refused)
 		}
+	}
+	for _, d := range s.damaged {
+		e.warn("%s", errorText(d.Err, false))
 	}
 	for _, status := range list {
 		name := s.groupName(status.Key)
@@ -237,6 +241,13 @@ type statusJSON struct {
 	Time   string            `json:"time,omitempty"` // with --watch
 	Groups []groupStatusJSON `json:"groups"`
 	Agent  *daemon.Info      `json:"agent,omitempty"` // only if one runs
+	// Groups of which nothing can be told beside others; only if there are some.
+	Unusable []unusableJSON `json:"unusable,omitempty"`
+}
+
+type unusableJSON struct {
+	groupJSON
+	Reason string `json:"reason"`
 }
 
 type groupStatusJSON struct {
@@ -308,6 +319,9 @@ type listenerJSON struct {
 
 func (s *scope) statusJSON(list []loader.Status) statusJSON {
 	document := statusJSON{Schema: schema, Groups: []groupStatusJSON{}, Agent: s.agent}
+	for _, d := range s.damaged {
+		document.Unusable = append(document.Unusable, unusableJSON{s.groupJSON(d.Key, s.inodeOf(d.Key)), errorText(d.Err, false)})
+	}
 	for _, status := range list {
 		g := groupStatusJSON{
 			groupJSON: s.groupJSON(status.Key, status.NetNSInode),

@@ -29,7 +29,8 @@ type watcher struct {
 
 // watchStatus shows the scope's groups, anew every so often, until interrupted.
 func watchStatus(e *env, s *scope, every time.Duration, asJSON, noHeader bool) (err error) {
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	// SIGQUIT, by Ctrl-\, would leave the terminal as it is, with Go's stacks on it.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
 	defer stop()
 	w := &watcher{env: e, scope: s, asJSON: asJSON, history: history{}, view: view{every: every, header: !noHeader}}
 	// The first look comes before the screen: what is wrong with the command line is said at once.
@@ -75,12 +76,7 @@ func watchStatus(e *env, s *scope, every time.Duration, asJSON, noHeader bool) (
 
 // look reads how the groups stand. That there are none is no error: they may come.
 func (w *watcher) look() error {
-	groups, err := w.scope.openAny()
-	if err != nil {
-		return err
-	}
-	defer closeAll(groups)
-	list, err := statuses(groups)
+	list, err := w.scope.look()
 	if err != nil {
 		return err
 	}

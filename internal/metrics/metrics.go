@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -91,14 +92,14 @@ func New(version string, read func() ([]loader.Summary, error), agent func() Age
 	c.build = of(gauge, "build_info", "Always 1. The labels say which rpsel this is, and which Go it was built with.", "version", "goversion")
 
 	c.up = group(gauge, "up", "1 if the state of the group could be read, 0 if not: then there is nothing else of it.")
-	c.attached = group(gauge, "attached", "1 if the live group has rpsel's program, 0 if the kernel's own hash picks the listener, or no listener is left.")
+	c.attached = group(gauge, "attached", "1 if the live group has rpsel's program, 0 if the kernel's own hash picks the listener, or no listener is left. Not there if that cannot be told from this pid namespace.")
 	c.options = group(gauge, "info", "Always 1. The labels are the options of the group.", "policy", "affinity", "client_prefix", "first", "confirm")
 	c.flows = group(gauge, "flows", "Flows in the table that have not expired. The states add up to what is tracked.", "state")
 	c.capacity = group(gauge, "flow_capacity", "How many flows the table is made for.")
 	c.settling = group(gauge, "settling_seconds", "How much longer flows that look new stay where the kernel's hash has them; 0 once the group has settled.")
 	c.turning = group(gauge, "turning_seconds", "How much longer, at most, the newest generation waits for new flows; 0 if it does not.")
 	c.generation = group(gauge, "generation", "The number of the newest generation of listeners.")
-	c.unregistered = group(gauge, "unregistered_sockets", "Sockets in the live group that have no slot, so that the program cannot pick them.")
+	c.unregistered = group(gauge, "unregistered_sockets", "Sockets in the live group that have no slot, so that the program cannot pick them. Not there if they cannot be seen from this pid namespace.")
 	c.runs = group(counter, "runs_total", "Runs of the program, by what came of them; a train of datagrams joined by GRO is one run. With the outcome fallback the kernel's own hash picked.", "outcome")
 	c.parseErrors = group(counter, "parse_errors_total", "Runs among the untracked whose packet could not be read.")
 	c.tableFull = group(counter, "table_full_total", "Runs among the untracked whose flow found no room in the table.")
@@ -182,7 +183,10 @@ func (c *Collector) collectGroup(s scrape, g loader.Summary, of []string) {
 	if g.Err != nil {
 		return
 	}
-	send(c.attached, number(g.Attached))
+	if seen(g.Status) {
+		send(c.attached, number(g.Attached))
+		send(c.unregistered, float64(len(g.Unregistered)))
+	}
 	send(c.options, 1, g.Policy, string(g.Affinity), g.ClientPrefix.String(), string(g.First), string(g.Confirm))
 	send(c.flows, float64(g.Tracked-g.Established), "new")
 	send(c.flows, float64(g.Established), "established")
@@ -190,7 +194,6 @@ func (c *Collector) collectGroup(s scrape, g loader.Summary, of []string) {
 	send(c.settling, g.Settling.Seconds())
 	send(c.turning, g.Turning.Seconds())
 	send(c.generation, float64(g.Generation))
-	send(c.unregistered, float64(len(g.Unregistered)))
 	n := g.Counters
 	for _, o := range []struct {
 		outcome string
@@ -207,6 +210,12 @@ func (c *Collector) collectGroup(s scrape, g loader.Summary, of []string) {
 	for _, l := range g.Listeners {
 		c.collectListener(s, g.Key.Proto, l, append(of[:len(of):len(of)], strconv.Itoa(l.Slot)))
 	}
+}
+
+// seen tells whether the sockets of a group could be looked at: where it has listeners
+// and none was found, other pid namespaces have them.
+func seen(s loader.Status) bool {
+	return s.NetNSInode != 0 || !slices.ContainsFunc(s.Listeners, func(l loader.Listener) bool { return l.State != "dead" })
 }
 
 func (c *Collector) collectListener(s scrape, proto sockets.Proto, l loader.Listener, of []string) {

@@ -32,7 +32,7 @@ func groups() []loader.Summary {
 	var list []loader.Summary
 	for _, k := range []loader.Key{key, tcp, v6only, device, uid} {
 		list = append(list, loader.Summary{Status: loader.Status{
-			Key: k, Attached: true, Policy: "least", Affinity: loader.AffinityBytes(8, 4), Tracked: 30, Established: 20, Capacity: 100,
+			Key: k, NetNSInode: 1, Attached: true, Policy: "least", Affinity: loader.AffinityBytes(8, 4), Tracked: 30, Established: 20, Capacity: 100,
 			Settling: 2 * time.Second, Generation: 4, Confirm: loader.ConfirmClient,
 			Counters:     loader.Counters{Runs: 21, Hit: 1, New: 2, Rehomed: 3, Untracked: 4, Fallback: 5, Migrated: 6, ParseError: 7, TableFull: 8, Evicted: 9},
 			Listeners:    []loader.Listener{listener, {Slot: 3, State: "dead", Connections: -1, RxQueue: -1, Drops: -1}},
@@ -142,6 +142,26 @@ func TestUnreadable(t *testing.T) {
 	var nothing bytes.Buffer
 	if err := WriteText(&nothing, collector(nil, errors.New("no bpffs"))); err == nil || nothing.Len() != 0 {
 		t.Errorf("without groups: %v, %s", err, nothing.String())
+	}
+}
+
+// Whether a group is attached is not told where its sockets cannot be seen: no alert
+// may come of that. Of one without a listener it is known.
+func TestUnseen(t *testing.T) {
+	for _, c := range []struct {
+		inode uint64
+		state string
+		want  bool
+	}{{0, "active", false}, {0, "draining", false}, {0, "dead", true}, {1, "active", true}} {
+		list := groups()[:1]
+		list[0].NetNSInode, list[0].Attached = c.inode, false
+		list[0].Listeners = []loader.Listener{{State: c.state}}
+		out := text(t, collector(list, nil))
+		for _, name := range []string{"attached", "unregistered_sockets"} {
+			if got := strings.Contains(out, "\nrpsel_group_"+name+"{"); got != c.want {
+				t.Errorf("%+v: %s is there: %v", c, name, got)
+			}
+		}
 	}
 }
 
