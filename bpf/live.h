@@ -11,8 +11,8 @@
 /*
  * choose selects the listener of a slot if it still is that incarnation. The
  * number is read again after the selection: a listener that took the slot in
- * between must not get the packets of the one before. Both reads look the slot
- * up, or the compiler would merge them.
+ * between must not get the packets of the one before. READ_ONCE keeps the
+ * compiler from merging the two reads.
  */
 ALWAYS_INLINE int choose(struct sk_reuseport_md *ctx, __u32 slot, __u32 incarnation)
 {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/maps"
+	"github.com/rpsel/rpsel/sockets"
 )
 
 // LosePatience makes locks give up at once, until the returned function is
@@ -178,6 +179,17 @@ func NoTracing() (restore func()) {
 func init() {
 	sweepPause = 0
 	lockPatience = time.Minute // flock(2) is not fair, and a machine may be slow
+}
+
+// AfterSearch makes something happen once the sockets of all groups have been found,
+// until the returned function is called.
+func AfterSearch(f func()) (restore func()) {
+	searchAll = func(q sockets.Query) ([]sockets.Group, error) {
+		groups, err := sockets.Find(q)
+		f()
+		return groups, err
+	}
+	return func() { searchAll = sockets.Find }
 }
 
 // OtherProgram makes attaching load a program that differs from this binary's

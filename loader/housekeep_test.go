@@ -2,6 +2,7 @@ package loader_test
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -65,6 +66,46 @@ func TestHousekeepForgets(t *testing.T) {
 	}
 	if moved := testnet.Moved(before, talking.Ask()); moved != 0 {
 		t.Errorf("%d flows moved", moved)
+	}
+}
+
+// A flow that comes back after it has expired is a new one, and in the entry that it
+// had: in another it would have two. The control are flows that have none.
+func TestComesBack(t *testing.T) {
+	const n = 300
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	testnet.StartGroup(t, ns, 3, udpServer)
+	restore := loader.NoTimer() // it would empty the entries
+	g := attach(t, fs, ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour})
+	restore()
+	t.Parallel()
+	clients := testnet.NewClients(t, ns, n, fleetAddr)
+	clients.Ask()
+	g.ExpireAfter(1, 1)
+	for tracked := n; tracked > 0; time.Sleep(20 * time.Millisecond) {
+		var err error
+		if tracked, _, err = g.CountFlows(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	clients.Ask()
+	g.ExpireAfter(3600, 3600)
+	if began, used := status(t, g).Counters.New, entries(t, g); began < 2*n || used != n {
+		t.Errorf("%d flows began, want %d; %d entries, want %d", began, 2*n, used, n)
+	}
+	shown := map[netip.AddrPort]bool{}
+	for f, err := range g.Flows() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown[f.Client] = true
+	}
+	if len(shown) != n {
+		t.Errorf("%d clients are shown, want %d: details are not beside their entries", len(shown), n)
+	}
+	testnet.NewClients(t, ns, n, fleetAddr).Ask()
+	if used := entries(t, g); used != 2*n {
+		t.Errorf("with others %d entries, want %d", used, 2*n)
 	}
 }
 

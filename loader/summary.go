@@ -12,18 +12,25 @@ type Summary struct {
 	Err error
 }
 
+// searchAll finds the sockets of all groups. For tests things happen after it.
+var searchAll = sockets.Find
+
 // Summarize reads how groups stand, for who asks often: all of their sockets are
 // found by one search, and of each flow no more is looked at than its word. The
 // answers are in the order of the groups. It changes nothing.
 func Summarize(groups []*Group) []Summary {
 	find := liveGroup
 	if len(groups) > 1 {
-		all, err := sockets.Find(sockets.Query{})
+		all, err := searchAll(sockets.Query{})
 		find = func(key Key) (sockets.Group, error) { return liveAmong(all, key), err }
 	}
 	summaries := make([]Summary, 0, len(groups))
 	for _, g := range groups {
 		status, err := g.read(reading{find, (*Group).countWords})
+		if err == nil && !status.Attached && status.NetNSInode != 0 && len(groups) > 1 {
+			// It has sockets, and may have got another program since the search.
+			status, err = g.read(reading{liveGroup, (*Group).countWords})
+		}
 		status.Key = g.key
 		summaries = append(summaries, Summary{status, err})
 	}

@@ -66,6 +66,26 @@ func TestSummarize(t *testing.T) {
 	}
 }
 
+// A group that gets another program after the search for sockets is attached all the same.
+func TestSummarizeUpgrade(t *testing.T) {
+	fs := loader.FS(testnet.BPFFS(t))
+	var groups []*loader.Group
+	for range 2 {
+		ns := testnet.New(t)
+		testnet.StartGroup(t, ns, 2, testnet.ServerOptions{Network: "udp4", Addr: "127.0.0.1:1194", ReusePort: true})
+		groups = append(groups, attach(t, fs, ns, noSettle))
+	}
+	defer loader.OtherProgram()()
+	defer loader.AfterSearch(func() {
+		if u, err := fs.Upgrade(groups[0].Key(), loader.UpgradeOptions{}); err != nil || !u.Program {
+			t.Errorf("%+v, %v", u, err)
+		}
+	})()
+	if s := summary(t, groups...); !s.Attached {
+		t.Error("the program of an upgrade is not seen")
+	}
+}
+
 // What a slot and a group have counted does not go down: not when another listener
 // takes the slot, nor when that fails, nor by an upgrade. A group that is attached
 // anew begins at zero.

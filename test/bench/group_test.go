@@ -405,8 +405,9 @@ func (g *sticky) newFlow() float64 {
 	return took
 }
 
-// warm reads what a new flow looks at, so that it is in a cache: what other groups and
-// other processes did since is no part of what a new flow takes.
+// warm reads what a new flow looks at, so that it is in a cache if that has room: what
+// other groups and other processes did since is no part of what a new flow takes. A
+// quiet server's new flow takes more (docs/performance.md).
 func (g *sticky) warm() {
 	g.b.Helper()
 	const line = 64

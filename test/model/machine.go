@@ -14,6 +14,9 @@ type world struct {
 	agree bool
 	// still: no slot changes, so choose can be one step.
 	still bool
+	// roomy: with an empty place no bucket is too full for empty_place, which leaves
+	// out three states of four.
+	roomy bool
 }
 
 // machine runs a world under a protocol.
@@ -390,7 +393,7 @@ func (m *machine) lookup(a *actor, place uint8) {
 }
 
 // plan emits a state for each empty place, as if any might be the one that is the
-// bucket's first.
+// bucket's first, and one without a place, as if the buckets were too full for that.
 func (m *machine) plan(s state, i int, emit func(state)) {
 	a := &s.actors[i]
 	a.pc = stepPick
@@ -400,7 +403,8 @@ func (m *machine) plan(s state, i int, emit func(state)) {
 			emit(s)
 		}
 	}
-	if a.planned == 0 {
+	if a.planned == 0 || !m.roomy {
+		a.planned = 0
 		emit(s)
 	}
 }

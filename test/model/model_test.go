@@ -101,13 +101,13 @@ func worlds() []*world {
 		// One entry remains, but the third may have followed a claim that then
 		// yielded to an entry made meanwhile: it takes three CPUs that pick
 		// three ways for that, so agree is not asked of them.
-		{name: "triplets", places: 2, still: true,
+		{name: "triplets", places: 2, still: true, roomy: true,
 			start: state{slots: slots{alive, alive, alive}, actors: actors{packet(1), packet(1), packet(1)}}},
-		{name: "triplets, three places", places: 3, still: true,
+		{name: "triplets, three places", places: 3, still: true, roomy: true,
 			start: state{slots: slots{alive, alive, alive}, actors: actors{packet(1), packet(1), packet(1)}}},
-		{name: "twins and a stranger with their tag", places: 2, still: true,
+		{name: "twins and a stranger with their tag", places: 2, still: true, roomy: true,
 			start: state{slots: slots{alive, alive, alive}, actors: actors{packet(1), packet(1), packet(2)}}},
-		{name: "twins and a stranger", places: 2, still: true,
+		{name: "twins and a stranger", places: 2, still: true, roomy: true,
 			start: state{slots: slots{alive, alive, alive}, actors: actors{packet(1), packet(1), packet(3)}}},
 	}
 	for _, w := range all {
