@@ -107,18 +107,6 @@ func ExampleGroup_Flows() {
 	// 127.0.0.1 has slot 0 and is new
 }
 
-// echo answers every datagram with a name until its socket closes.
-func echo(conn *net.UDPConn, name string) {
-	buffer := make([]byte, 2048)
-	for {
-		_, client, err := conn.ReadFromUDPAddrPort(buffer)
-		if err != nil {
-			return
-		}
-		conn.WriteToUDPAddrPort([]byte(name), client)
-	}
-}
-
 // dial opens n sockets to a server, each a flow.
 func dial(n int, server netip.AddrPort) []*net.UDPConn {
 	var clients []*net.UDPConn

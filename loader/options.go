@@ -88,6 +88,8 @@ const NoOwner uint32 = math.MaxUint32
 // Policy says who gets new flows.
 type Policy int
 
+// The policies. The zero Policy is PolicyHash at the first attach; later it leaves
+// things as they are.
 const (
 	policyKept Policy = iota // as it is; PolicyHash at the first attach
 	// PolicyHash spreads new flows over all active listeners.

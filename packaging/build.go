@@ -14,9 +14,10 @@ func (r release) build(arch string) (path string, err error) {
 	if path, err = filepath.Abs(r.path(arch, "")); err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -X main.version="+r.version, "-o", path, "./cmd/rpsel")
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-ldflags=-s -w -X main.version="+r.version, "-o", path, "./cmd/rpsel")
 	cmd.Dir = r.source
-	cmd.Env = append(os.Environ(), "GOFLAGS=", "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOAMD64=v1", "GOARM64=v8.0")
+	// An empty GOFLAGS would leave those of "go env -w" in force.
+	cmd.Env = append(os.Environ(), "GOFLAGS=-trimpath", "GOWORK=off", "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOAMD64=v1", "GOARM64=v8.0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build for %s: %w\n%s", arch, err, out)
 	}

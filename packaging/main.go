@@ -107,6 +107,9 @@ func (r release) writeSums() error {
 	}
 	var sums strings.Builder
 	for _, f := range files {
+		if !f.Type().IsRegular() {
+			continue // somebody else's
+		}
 		sum := sha256.New()
 		file, err := os.Open(filepath.Join(r.out, f.Name()))
 		if err != nil {

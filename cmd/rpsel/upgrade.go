@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -13,7 +14,7 @@ import (
 func newUpgradeCmd(e *env) *cobra.Command {
 	var s scope
 	var o loader.UpgradeOptions
-	var asJSON bool
+	var partial, asJSON bool
 	cmd := &cobra.Command{
 		Use:   "upgrade",
 		Short: "Move running groups to this rpsel's program",
@@ -23,7 +24,8 @@ a port. No packet is without a program, and no tracked flow moves. With --flows 
 flow table gets another size; flows that begin while it is copied are tracked from
 their next packet on.
 
-All groups are checked before one is changed.`,
+All groups are checked before one is changed, and if one cannot be upgraded none
+is. With --partial the others are, and the command fails all the same.`,
 		Example: `  rpsel upgrade --dry-run
   rpsel upgrade
   rpsel upgrade --port 1194 --flows 1000000`,
@@ -43,7 +45,7 @@ All groups are checked before one is changed.`,
 			if len(keys) == 0 {
 				e.say(`nothing is attached: "rpsel attach" makes a port sticky`)
 			}
-			return upgrade(e, &s, keys, o, asJSON)
+			return upgrade(e, &s, keys, o, partial, asJSON)
 		},
 	}
 	s.addGroupFlags(cmd)
@@ -51,6 +53,7 @@ All groups are checked before one is changed.`,
 	flags.Lookup("netns").Usage = allNetNSUsage
 	flags.Var(numberValue{&o.Flows, loader.MinFlows, loader.MaxFlows}, "flows", "`NUMBER` of flows the table is to hold (default: as many as before)")
 	flags.BoolVar(&o.DryRun, "dry-run", false, "only say what would be done")
+	flags.BoolVar(&partial, "partial", false, "leave out groups that cannot be upgraded")
 	s.addBPFFSFlag(cmd)
 	addJSONFlag(cmd, &asJSON)
 	addQuietFlag(cmd, e)
@@ -70,7 +73,7 @@ type upgradedJSON struct {
 	Made         []string `json:"made"`
 }
 
-func upgrade(e *env, s *scope, keys []loader.Key, o loader.UpgradeOptions, asJSON bool) error {
+func upgrade(e *env, s *scope, keys []loader.Key, o loader.UpgradeOptions, partial, asJSON bool) error {
 	answer := struct {
 		Schema int            `json:"schema"`
 		Groups []upgradedJSON `json:"groups"`
@@ -79,12 +82,24 @@ func upgrade(e *env, s *scope, keys []loader.Key, o loader.UpgradeOptions, asJSO
 	check := o
 	check.DryRun = true
 	var checked []loader.Upgraded
+	var left error // why groups are left out
+	leave := func(err error) bool {
+		if partial && left == nil {
+			left = err
+		} else if partial {
+			left = fmt.Errorf("%w; %w", left, err)
+		}
+		return partial
+	}
 	for _, k := range keys {
 		u, err := s.fs().Upgrade(k, check)
 		if errors.Is(err, loader.ErrNotAttached) {
 			continue // detached since it was listed
 		}
 		if err != nil {
+			if leave(err) {
+				continue
+			}
 			return err
 		}
 		checked = append(checked, u)
@@ -94,6 +109,12 @@ func upgrade(e *env, s *scope, keys []loader.Key, o loader.UpgradeOptions, asJSO
 		if !o.DryRun { // also what is up to date, after which there may be something to clear up
 			var err error
 			if u, err = s.fs().Upgrade(u.Key, o); err != nil {
+				if leave(err) {
+					continue
+				}
+				if text != "" {
+					e.say("%s", strings.TrimSuffix(text, "\n"))
+				}
 				return err
 			}
 		}
@@ -111,11 +132,14 @@ func upgrade(e *env, s *scope, keys []loader.Key, o loader.UpgradeOptions, asJSO
 		}
 		text += name + ": " + describeUpgrade(u, o.DryRun) + "\n"
 	}
+	if asJSON && left != nil {
+		return left // an error has no answer beside it
+	}
 	if asJSON {
 		return writeJSON(e.out, answer)
 	}
 	_, err := fmt.Fprint(e.out, text)
-	return err
+	return cmp.Or(left, err)
 }
 
 // describeUpgrade says what was done, or would be.

@@ -61,6 +61,9 @@ import (
 // protocol is what clients and servers agree to speak (ALPN).
 const protocol = "rpsel-example"
 
+// idle is how long a connection may be silent. rpsel remembers it for as long.
+const idle = 5 * time.Minute
+
 func main() {
 	var s server
 	flag.StringVar(&s.address, "listen", "127.0.0.1:4433", "address that all servers share")
@@ -101,8 +104,7 @@ func (s *server) run(ctx context.Context) error {
 	defer transport.Close()
 	listener, err := transport.Listen(
 		&tls.Config{Certificates: []tls.Certificate{certificate}, NextProtos: []string{protocol}},
-		// A flow that is silent for longer is forgotten by rpsel, too.
-		&quic.Config{MaxIdleTimeout: loader.DefaultIdle})
+		&quic.Config{MaxIdleTimeout: idle})
 	if err != nil {
 		return err
 	}
@@ -110,8 +112,11 @@ func (s *server) run(ctx context.Context) error {
 	leave := func() error { return nil }
 	if !s.plain {
 		// The first server makes the port sticky, the others join it. Nobody was
-		// connected before, so there is nothing to settle.
-		group, err := loader.FS(s.bpffs).Attach(conn, loader.Options{Affinity: loader.Affinity(s.affinity), Settle: -1})
+		// connected before, so there is nothing to settle. To rpsel a client is new
+		// until it has sent something after its first second: it may be silent then.
+		group, err := loader.FS(s.bpffs).Attach(conn, loader.Options{
+			Affinity: loader.Affinity(s.affinity), Settle: -1, Idle: idle, IdleNew: idle,
+		})
 		if err != nil {
 			return err
 		}
