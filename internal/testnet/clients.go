@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -85,6 +86,20 @@ func (c *Clients) Ask() []string {
 		return nil
 	}))
 	return answers
+}
+
+// AskAll is Ask until each client has an answer: on a busy machine one may take longer
+// than a client waits. It fails the test after ten times.
+func (c *Clients) AskAll() []string {
+	c.t.Helper()
+	var answers []string
+	for range 10 {
+		if answers = c.Ask(); !slices.Contains(answers, "") {
+			return answers
+		}
+	}
+	c.t.Fatalf("not all clients are answered: %v", Shares(answers))
+	return nil
 }
 
 // ask asks from the ports [first, end).

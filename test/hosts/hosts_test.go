@@ -33,13 +33,13 @@ func TestResilient(t *testing.T) {
 			first := w.hosts[0]
 
 			flows := w.flows(tracked)
-			before := ask(t, flows)
+			before := flows.AskAll()
 			if shares := testnet.Shares(before); len(shares) != 2*listeners {
 				t.Errorf("two hosts: %v", shares)
 			}
 			killed := first.servers[0].Names[0]
 			first.servers[0].Kill()
-			now := ask(t, flows)
+			now := flows.AskAll()
 			for i := range now {
 				switch {
 				case before[i] != killed && now[i] != before[i]:
@@ -50,21 +50,21 @@ func TestResilient(t *testing.T) {
 			}
 
 			w.router.Script(t, "/sys/fs/bpf", more)
-			if moved := testnet.Moved(now, ask(t, flows)); moved != 0 {
+			if moved := testnet.Moved(now, flows.AskAll()); moved != 0 {
 				t.Errorf("a host was added: %d flows moved", moved)
 			}
 			others := w.flows(tracked)
-			came := ask(t, others)
+			came := others.AskAll()
 			if n := w.hosts[2].at(came); n < 10 { // of 67, on average
 				t.Errorf("the host that was added has %d of %d new flows", n, len(came))
 			}
 
 			w.router.Script(t, "/sys/fs/bpf", drain)
-			if moved := testnet.Moved(now, ask(t, flows)) + testnet.Moved(came, ask(t, others)); moved != 0 {
+			if moved := testnet.Moved(now, flows.AskAll()) + testnet.Moved(came, others.AskAll()); moved != 0 {
 				t.Errorf("a host drains: %d flows moved", moved)
 			}
 			// One in 25 of the buckets is in use at it.
-			if n := first.at(ask(t, w.flows(tracked))); n > 50 {
+			if n := first.at(w.flows(tracked).AskAll()); n > 50 {
 				t.Errorf("the draining host has %d of %d new flows", n, tracked)
 			}
 			if left := strings.TrimSpace(first.ns.Script(t, first.bpffs, count)); left == "0" {
@@ -76,7 +76,7 @@ func TestResilient(t *testing.T) {
 				flows  *testnet.Clients
 				before []string
 			}{{flows, now}, {others, came}} {
-				after := ask(t, f.flows)
+				after := f.flows.AskAll()
 				if moved := testnet.Moved(f.before, after, first.names()...); moved != 0 {
 					t.Errorf("a host was removed: %d flows of others moved", moved)
 				}
@@ -112,12 +112,12 @@ func TestPlain(t *testing.T) {
 			run(w.router, policy+route+host1+host2)
 			flows := w.flows(tracked)
 			first := w.hosts[0]
-			now := ask(t, flows)
+			now := flows.AskAll()
 			step := func(what string, do func(), gone ...string) {
 				t.Helper()
 				before := now
 				do()
-				now = ask(t, flows)
+				now = flows.AskAll()
 				moved := testnet.Moved(before, now, gone...)
 				if moved == 0 {
 					t.Errorf("%s: no flow moved", what)

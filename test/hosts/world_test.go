@@ -95,21 +95,6 @@ func (w *world) flows(n int) *testnet.Clients {
 	return testnet.NewClients(w.t, w.clients, n, w.family.service+":1194")
 }
 
-// ask returns who answers each flow. On a busy machine an answer may take longer than
-// a client waits: then all ask again.
-func ask(t testing.TB, flows *testnet.Clients) []string {
-	t.Helper()
-	answers := flows.Ask()
-	for range 10 {
-		if !slices.Contains(answers, "") {
-			return answers
-		}
-		answers = flows.Ask()
-	}
-	t.Fatalf("not all flows are answered: %v", testnet.Shares(answers))
-	return nil
-}
-
 // at counts answers of a host.
 func (h *host) at(answers []string) (n int) {
 	for _, a := range answers {

@@ -30,14 +30,14 @@ func TestDaemonSet(t *testing.T) {
 			first := []*testnet.Server{old.serve("a"), old.serve("b")}
 			awaitListeners(2)
 			flows := testnet.NewClients(t, outside, clients, fmt.Sprintf("%s:%d", inside.IPv4, port))
-			before := ask(t, flows)
+			before := flows.AskAll()
 			new.serve("c")
 			new.serve("d")
 			awaitListeners(4)
-			joined := testnet.Moved(before, ask(t, flows))
-			now := ask(t, flows)
+			joined := testnet.Moved(before, flows.AskAll())
+			now := flows.AskAll()
 			first[0].Kill()
-			left := testnet.Moved(now, ask(t, flows), "a")
+			left := testnet.Moved(now, flows.AskAll(), "a")
 			if with && (joined != 0 || left != 0) || !with && (joined < 20 || left < 20) {
 				t.Errorf("of %d flows %d moved when a pod came, %d when a server ended", clients, joined, left)
 			}

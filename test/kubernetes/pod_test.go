@@ -235,21 +235,6 @@ func (p *pod) awaitListeners(n int) {
 	})
 }
 
-// ask returns who answers each flow. On a busy machine an answer may take longer than
-// a client waits: then all ask again.
-func ask(t testing.TB, flows *testnet.Clients) []string {
-	t.Helper()
-	answers := flows.Ask()
-	for range 10 {
-		if !slices.Contains(answers, "") {
-			return answers
-		}
-		answers = flows.Ask()
-	}
-	t.Fatalf("not all flows are answered: %v", testnet.Shares(answers))
-	return nil
-}
-
 // await waits for what nothing tells of.
 func (p *pod) await(what string, condition func() bool) {
 	p.t.Helper()

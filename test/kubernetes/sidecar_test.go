@@ -35,9 +35,9 @@ func TestSidecar(t *testing.T) {
 				p := startPod(t, n, inside, m, "server")
 				servers := []*testnet.Server{p.serve("a"), p.serve("b"), p.serve("c")}
 				flows := testnet.NewClients(t, outside, clients, fmt.Sprintf("%s:%d", inside.IPv4, port))
-				before := ask(t, flows)
+				before := flows.AskAll()
 				servers[0].Kill()
-				if moved := testnet.Moved(before, ask(t, flows), "a"); moved < 20 {
+				if moved := testnet.Moved(before, flows.AskAll(), "a"); moved < 20 {
 					t.Errorf("without rpsel %d flows moved", moved)
 				}
 				return
@@ -52,9 +52,9 @@ func TestSidecar(t *testing.T) {
 					t.Errorf("the kernel tells of what it cannot see:\n%s", sidecar.said())
 				}
 				flows := testnet.NewClients(t, outside, clients, fmt.Sprintf("%s:%d", inside.IPv4, port))
-				before := ask(t, flows)
+				before := flows.AskAll()
 				servers[0].Kill()
-				now := ask(t, flows)
+				now := flows.AskAll()
 				if moved := testnet.Moved(before, now, "a"); moved != 0 || slices.Contains(now, "a") {
 					t.Errorf("a server died: %d flows of others moved: %v", moved, testnet.Shares(now))
 				}
@@ -62,7 +62,7 @@ func TestSidecar(t *testing.T) {
 				p.serve("d")
 				p.start(p.rpsel(t))
 				p.awaitListeners(3)
-				if moved := testnet.Moved(now, ask(t, flows)); moved != 0 {
+				if moved := testnet.Moved(now, flows.AskAll()); moved != 0 {
 					t.Errorf("the sidecar died, a server came: %d flows moved", moved)
 				}
 				// Each agent keeps its pod's sockets, and sees none of the other's.
@@ -72,7 +72,7 @@ func TestSidecar(t *testing.T) {
 				second.awaitListeners(1)
 				second.await("it has looked at all", func() bool { return strings.Contains(other.said(), "msg=ready") })
 				p.awaitListeners(3)
-				if moved := testnet.Moved(now, ask(t, flows)); moved != 0 {
+				if moved := testnet.Moved(now, flows.AskAll()); moved != 0 {
 					t.Errorf("another pod came: %d flows moved", moved)
 				}
 				if states := states(t, n); len(states) != 2 {
