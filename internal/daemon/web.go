@@ -69,6 +69,7 @@ func (k *keeper) keepServing() {
 		select {
 		case err := <-k.web.ended:
 			k.fails("metrics", fmt.Errorf("metrics are not served any more: %w", err))
+			k.web.Close() // ends whom it still serves
 			k.web = nil
 		default:
 		}
