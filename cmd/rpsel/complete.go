@@ -217,7 +217,7 @@ const (
 // completeClient completes by the addresses that flows come from.
 func (s *scope) completeClient() cobra.CompletionFunc {
 	return completeFrom(func(prefix string) (found []candidate, err error) {
-		groups, err := s.open()
+		groups, err := s.openUsable()
 		if err != nil {
 			return nil, err
 		}

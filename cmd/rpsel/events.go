@@ -33,14 +33,17 @@ interrupted. With --json each is an object.
   DROPPED             events of flows are missing here: they came too fast
 
 Only one process can read a group's events at a time. While none does they cost
-nothing.`,
+nothing.
+
+A group whose state cannot be used does not hide the others: it is said on standard
+error. If there are no others it is an error.`,
 		Example: `  rpsel events --port 1194
   rpsel events -N all -j`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 			defer stop()
-			groups, err := s.open()
+			groups, err := s.openReadable(e)
 			if err != nil {
 				return err
 			}

@@ -26,7 +26,7 @@ type scope struct {
 	bpffs string        // "": the usual one
 
 	agent   *daemon.Info     // nil: none was found
-	damaged []loader.Summary // groups that look could not read
+	damaged []loader.Summary // groups whose state could not be used
 }
 
 // fs is where the state is.

@@ -67,14 +67,17 @@ func newFlowsCmd(e *env) *cobra.Command {
 		Use:   "flows",
 		Short: "List the tracked flows",
 		Long: `List the tracked flows, sorted by client. With --json there is one object for
-each, on a line of its own.`,
+each, on a line of its own.
+
+A group whose state cannot be used does not hide the others: it is said on standard
+error. If there are no others it is an error.`,
 		Example: `  rpsel flows --port 1194
   rpsel flows --port 1194 --client 10.0.0.0/8 -j
   rpsel flows --port 1194 --slot 0 --count
   rpsel flows --port 1194 --state established --count`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			groups, err := s.open()
+			groups, err := s.openReadable(e)
 			if err != nil {
 				return err
 			}

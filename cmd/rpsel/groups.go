@@ -97,13 +97,43 @@ func (s *scope) keys(netns uint64) ([]loader.Key, error) {
 	return keys, nil
 }
 
-// open is openAny, but none is an error if the scope names a port or an address.
+// open opens the scope's groups for who changes them: if the state of one cannot be
+// used that is an error, and so it is that there is none if the scope names a port or
+// an address. The caller closes them with closeAll.
 func (s *scope) open() ([]*loader.Group, error) {
-	groups, err := s.openAny()
+	groups, err := s.openUsable()
+	if err == nil && len(s.damaged) > 0 {
+		closeAll(groups)
+		return nil, s.damaged[0].Err
+	}
 	if err == nil && len(groups) == 0 {
 		err = s.missing()
 	}
 	return groups, err
+}
+
+// openReadable is open for who looks at what there is: a group whose state cannot be
+// used is said, and does not hide the others. If there are no others it is an error.
+func (s *scope) openReadable(e *env) ([]*loader.Group, error) {
+	groups, err := s.openUsable()
+	switch {
+	case err != nil:
+		return nil, err
+	case len(groups) > 0:
+		s.warnDamaged(e)
+		return groups, nil
+	case len(s.damaged) > 0:
+		return nil, s.damaged[0].Err
+	default:
+		return nil, s.missing()
+	}
+}
+
+// warnDamaged says which groups could not be read.
+func (s *scope) warnDamaged(e *env) {
+	for _, d := range s.damaged {
+		e.warn("%s", errorText(d.Err, false))
+	}
 }
 
 // missing is what is wrong with a scope that has no group, if it names a port or an
@@ -115,44 +145,42 @@ func (s *scope) missing() error {
 	return notFound(`%s: nothing is attached: "rpsel attach" makes a port sticky, "rpsel status" lists those that are`, s)
 }
 
-// openAny opens the scope's groups that have state. The caller closes them with
-// closeAll.
-func (s *scope) openAny() ([]*loader.Group, error) {
-	groups, damaged, err := s.openUsable()
-	if err == nil && len(damaged) > 0 {
-		closeAll(groups)
-		return nil, damaged[0].Err
-	}
-	return groups, err
-}
-
-// openUsable is openAny for who looks at what there is: a group whose state cannot be
-// used does not hide the others.
-func (s *scope) openUsable() (groups []*loader.Group, damaged []loader.Summary, err error) {
+// openUsable opens the scope's groups whose state can be used, and puts the others
+// into s.damaged. The caller closes the groups with closeAll.
+func (s *scope) openUsable() ([]*loader.Group, error) {
 	netns, err := s.cookieOrAll()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	keys, err := s.keys(netns)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	s.damaged = nil
+	var groups []*loader.Group
 	for _, k := range keys {
 		g, err := s.fs().Open(k)
-		if errors.Is(err, loader.ErrNotAttached) {
-			continue // detached since it was listed
-		}
-		if unusable(err) {
-			damaged = append(damaged, loader.Summary{Status: loader.Status{Key: k}, Err: err})
-			continue
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, loader.ErrNotAttached): // detached since it was listed
+		case s.leaveOut(k, err):
+		case err != nil:
 			closeAll(groups)
-			return nil, nil, err
+			return nil, err
+		default:
+			groups = append(groups, g)
 		}
-		groups = append(groups, g)
 	}
-	return groups, damaged, nil
+	return groups, nil
+}
+
+// leaveOut tells whether a group is to be left out since its state cannot be used, and
+// notes it in s.damaged.
+func (s *scope) leaveOut(k loader.Key, err error) bool {
+	if !unusable(err) {
+		return false
+	}
+	s.damaged = append(s.damaged, loader.Summary{Status: loader.Status{Key: k}, Err: err})
+	return true
 }
 
 // unusable tells whether it is the state of a group that makes it unreadable.
@@ -180,9 +208,9 @@ func statuses(groups []*loader.Group) ([]loader.Status, error) {
 }
 
 // look reads how the scope's groups stand, for who looks at what there is. Those whose
-// state cannot be used are in s.damaged; if there are no others, that is an error.
+// state cannot be used are in s.damaged; if there are no others that is an error.
 func (s *scope) look() ([]loader.Status, error) {
-	groups, damaged, err := s.openUsable()
+	groups, err := s.openUsable()
 	if err != nil {
 		return nil, err
 	}
@@ -190,8 +218,7 @@ func (s *scope) look() ([]loader.Status, error) {
 	list := []loader.Status{}
 	for _, g := range groups {
 		status, err := g.Status()
-		if unusable(err) {
-			damaged = append(damaged, loader.Summary{Status: loader.Status{Key: g.Key()}, Err: err})
+		if s.leaveOut(g.Key(), err) { // since it was opened
 			continue
 		}
 		if err != nil {
@@ -199,10 +226,9 @@ func (s *scope) look() ([]loader.Status, error) {
 		}
 		list = append(list, status)
 	}
-	if len(list) == 0 && len(damaged) > 0 {
-		return nil, damaged[0].Err
+	if len(list) == 0 && len(s.damaged) > 0 {
+		return nil, s.damaged[0].Err
 	}
-	s.damaged = damaged
 	return list, nil
 }
 

@@ -24,15 +24,15 @@ listener takes a slot, and begin anew when a group is detached and attached.`,
   rpsel metrics -N all`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			groups, damaged, err := s.openUsable()
-			if err == nil && len(groups)+len(damaged) == 0 {
+			groups, err := s.openUsable()
+			if err == nil && len(groups)+len(s.damaged) == 0 {
 				err = s.missing()
 			}
 			if err != nil {
 				return err
 			}
 			defer closeAll(groups)
-			summaries := append(loader.Summarize(groups), damaged...)
+			summaries := append(loader.Summarize(groups), s.damaged...)
 			for _, summary := range summaries {
 				if summary.Err != nil && !unusable(summary.Err) {
 					return summary.Err

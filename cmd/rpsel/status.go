@@ -107,9 +107,7 @@ func (s *scope) warnOf(e *env, list []loader.Status) {
 			e.warn("the agent (pid %d): %s", s.agent.PID, refused)
 		}
 	}
-	for _, d := range s.damaged {
-		e.warn("%s", errorText(d.Err, false))
-	}
+	s.warnDamaged(e)
 	for _, status := range list {
 		name := s.groupName(status.Key)
 		for _, warning := range warnings(status) {

@@ -32,7 +32,10 @@ The rules are:
   float    it followed a flow of the same address and peer-id (--first openvpn)
   rehomed  the listener it had died: given to another one
   earlier  first seen before the policy was changed, or the group last told to
-           settle: which of the others is not known`,
+           settle: which of the others is not known
+
+A group whose state cannot be used does not hide the others: it is said on standard
+error. If there are no others it is an error.`,
 		Example: `  rpsel why 127.0.0.1
   rpsel why 127.0.0.1:40001 --port 1194 -j`,
 		Args: oneArg("CLIENT"),
@@ -41,7 +44,7 @@ The rules are:
 			if err != nil {
 				return usageError("CLIENT %q: %v", args[0], err)
 			}
-			groups, err := s.open()
+			groups, err := s.openReadable(e)
 			if err != nil {
 				return err
 			}
