@@ -166,11 +166,12 @@ endef
 define need
 	missing=; \
 	for n in $(1); do \
-		what=$${n%%=*}; \
+		what=$${n%%=*}; package=$${n#*=}; \
 		case $$what in \
-		/*) [ -e $$what ] || missing+=" $${n#*=}" ;; \
-		*) command -v $$what >/dev/null || missing+=" $${n#*=}" ;; \
+		/*) [ ! -e $$what ] || continue ;; \
+		*) ! command -v $$what >/dev/null || continue ;; \
 		esac; \
+		[[ " $$missing " == *" $$package "* ]] || missing+=" $$package"; \
 	done; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
