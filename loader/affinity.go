@@ -85,10 +85,10 @@ func (a Affinity) bytes() (offset, length int) {
 	return offset, length
 }
 
-// CheckProto refuses an affinity that the protocol has no use for: of TCP the
+// checkProto refuses an affinity that the protocol has no use for: of TCP the
 // program sees a connection's first packet, with no payload and a port that the
 // next connection will not have.
-func (a Affinity) CheckProto(p Proto) error {
+func (a Affinity) checkProto(p Proto) error {
 	if p != TCP || a == "" || a == AffinityNone || a == AffinityClient {
 		return nil
 	}

@@ -54,7 +54,7 @@ func (fs FS) Attach(conn syscall.Conn, o Options) (_ *Group, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", key, err)
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	if err := fs.sweepAside(key.NetNS); err != nil {
 		return nil, fmt.Errorf("attach %s: remove what a killed command left: %w", key, err)
 	}

@@ -40,9 +40,9 @@ func (c *Confirm) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Check refuses what it does not go with: ConfirmReply is for where the server answers,
+// checkProto refuses what it does not go with: ConfirmReply is for where the server answers,
 // and the answer tells whose it is.
-func (c Confirm) Check(p Proto, a Affinity) error {
+func (c Confirm) checkProto(p Proto, a Affinity) error {
 	_, length := a.bytes()
 	switch {
 	case c == "", c == ConfirmClient:

@@ -33,7 +33,7 @@ func (fs FS) Detach(key Key) (Detached, error) {
 	if err != nil {
 		return d, fmt.Errorf("detach %w", err)
 	}
-	defer l.unlock()
+	defer l.Unlock()
 
 	p, err := fs.pinned(key)
 	if errors.Is(err, ErrNotAttached) || errors.Is(err, ErrPermission) || errors.Is(err, ErrNewer) {

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/internal/capability"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/maps"
 )
 
@@ -34,7 +35,7 @@ const (
 // Event is something that happened in a group.
 type Event struct {
 	Kind EventKind
-	// Time is when. Of listeners it is when that was seen, within WatchEvery.
+	// Time is when. Of listeners it is when that was seen, within a quarter of a second.
 	Time time.Time
 	// Client is whose flow it is; not valid if it is a listener's event.
 	Client netip.AddrPort
@@ -49,8 +50,8 @@ type Event struct {
 	Dropped int
 }
 
-// WatchEvery is how often Watch looks for what no packet tells.
-const WatchEvery = 250 * time.Millisecond
+// watchEvery is how often Watch looks for what no packet tells.
+const watchEvery = 250 * time.Millisecond
 
 const (
 	readEach   = 50 * time.Millisecond // how often the ring is looked at: the program wakes nobody
@@ -66,8 +67,8 @@ var ringSize uint32 = 1 << 22
 // is no error, or f returns one. It calls f from one goroutine.
 //
 // Flows are reported by the program, from the time on when ready is called; what
-// the reader is too slow for is dropped and counted. Listeners are looked at every
-// WatchEvery: one whose slot another one takes in between, or that
+// the reader is too slow for is dropped and counted. Listeners are looked at every quarter
+// of a second: one whose slot another one takes in between, or that
 // drains and resumes, is not told of. A flow's event comes after that of its listener. Flows that somebody
 // flushes are not told of.
 //
@@ -160,13 +161,13 @@ func (w *watch) run(ctx context.Context) (err error) {
 		w.ready()
 		w.ready = nil
 	}
-	due := time.Now().Add(WatchEvery)
+	due := time.Now().Add(watchEvery)
 	for ctx.Err() == nil {
 		if err := w.next(time.Now().Add(readEach)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 		if at := time.Now(); at.After(due) {
-			due = at.Add(WatchEvery)
+			due = at.Add(watchEvery)
 			if err := w.tick(); err != nil {
 				return errors.Join(w.flush(), err)
 			}
@@ -226,7 +227,7 @@ func (w *watch) lock() (*os.File, error) {
 	}
 	err = unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = fmt.Errorf("%s: %w: %s does, and only one can", w.g.key, ErrWatched, lockHolder(dir))
+		err = fmt.Errorf("%s: %w: %s does, and only one can", w.g.key, ErrWatched, statedir.LockHolder(dir))
 	}
 	if err == nil {
 		var held os.FileInfo

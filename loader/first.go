@@ -31,9 +31,9 @@ func (f *First) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Check refuses what it does not go with: over TCP the program sees no payload, and
+// checkProto refuses what it does not go with: over TCP the program sees no payload, and
 // only with AffinityFlow, the default of UDP, is a client's other port another flow.
-func (f First) Check(p Proto, a Affinity) error {
+func (f First) checkProto(p Proto, a Affinity) error {
 	switch {
 	case f == "":
 		return nil

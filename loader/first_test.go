@@ -729,7 +729,7 @@ func TestFirstRefused(t *testing.T) {
 		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityClient}, "affinity flow: with client all ports"},
 		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityNone}, "it goes with affinity flow"},
 		refusal{loader.Options{First: loader.FirstOpenVPN, Affinity: loader.AffinityBytes(0, 4)}, "it goes with affinity flow"})
-	err := loader.FirstOpenVPN.Check(loader.TCP, "")
+	err := loader.Options{First: loader.FirstOpenVPN}.CheckProto(loader.TCP)
 	if err == nil || !strings.Contains(err.Error(), "it goes with UDP") {
 		t.Errorf("TCP: %v", err)
 	}

@@ -16,12 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
 
 // DefaultFS is where a bpffs usually is.
-const DefaultFS FS = "/sys/fs/bpf"
+const DefaultFS = FS(statedir.Usual)
 
 // FS is the mount point of the BPF file system that holds rpsel's state. The
 // empty string is DefaultFS; where "ip netns exec" or the like hides that below
@@ -33,61 +34,16 @@ const DefaultFS FS = "/sys/fs/bpf"
 type FS string
 
 const (
-	rootName  = "rpsel"
-	bindName  = "bind" // no namespace's directory: those have numbers
 	tmpPrefix = "tmp_"
 	dirMode   = 0o700
 	fileMode  = 0o600
 )
 
-func (fs FS) root() string { return filepath.Join(fs.Mount(), rootName) }
+func (fs FS) dirs() statedir.FS { return statedir.FS(fs) }
 
-func (fs FS) netnsDir(cookie uint64) string {
-	return filepath.Join(fs.root(), strconv.FormatUint(cookie, 10))
-}
+func (fs FS) netnsDir(cookie uint64) string { return fs.dirs().NetNS(cookie) }
 
 func (fs FS) groupDir(k Key) string { return filepath.Join(fs.netnsDir(k.NetNS), dirName(k)) }
-
-// BindDir is where bind programs are pinned (internal/force), beside the
-// directories of the namespaces.
-func (fs FS) BindDir() string { return filepath.Join(fs.root(), bindName) }
-
-// MakeBindDir makes BindDir. It mounts the bpffs if it is missing.
-//
-// Errors: ErrPermission, ErrNoBPFFS.
-func (fs FS) MakeBindDir() error { return fs.makeDirs(fs.root(), fs.BindDir()) }
-
-// RemoveBindDir removes BindDir if nothing is left in it.
-func (fs FS) RemoveBindDir() {
-	if os.Remove(fs.BindDir()) == nil {
-		os.Remove(fs.root())
-	}
-}
-
-// prepare mounts the bpffs if it is missing, and makes the directory of the
-// namespace.
-func (fs FS) prepare(netns uint64) error { return fs.makeDirs(fs.root(), fs.netnsDir(netns)) }
-
-// makeDirs makes directories, the outer before the inner, and mounts the bpffs
-// below them if it is missing.
-func (fs FS) makeDirs(dirs ...string) error {
-	if err := fs.MakeMount(); err != nil {
-		return err
-	}
-	for i := 0; i < len(dirs); i++ {
-		err := os.Mkdir(dirs[i], dirMode)
-		switch {
-		case err == nil, errors.Is(err, os.ErrExist):
-		case errors.Is(err, os.ErrNotExist) && i > 0:
-			i = -1 // the last to leave has removed the outer one meanwhile
-		case errors.Is(err, os.ErrPermission):
-			return fmt.Errorf("make %s: %w: run as root", dirs[i], ErrPermission)
-		default:
-			return fmt.Errorf("make %s: %w", dirs[i], err)
-		}
-	}
-	return nil
-}
 
 // dirName names the directory of a group. A bpffs takes no name with a dot in
 // it, hence the address in hexadecimal.
@@ -146,33 +102,10 @@ func parseDirName(netns uint64, name string) (Key, bool) {
 	return k, dirName(k) == name
 }
 
-// NetNSes lists the network namespaces, by their cookies, that have a directory.
-// Where there is no bpffs there are none.
-func (fs FS) NetNSes() ([]uint64, error) {
-	if !fs.mounted() {
-		return nil, nil
-	}
-	entries, err := os.ReadDir(fs.root())
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, readDirError(err)
-	}
-	var cookies []uint64
-	for _, e := range entries {
-		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
-			cookies = append(cookies, cookie)
-		}
-	}
-	slices.Sort(cookies)
-	return cookies, nil
-}
-
 // Keys lists the groups with state in a network namespace, given by its cookie,
 // or in all of them (zero), sorted. Where there is no bpffs there are none.
 func (fs FS) Keys(netns uint64) ([]Key, error) {
-	namespaces, err := fs.NetNSes()
+	namespaces, err := fs.dirs().NetNSes()
 	if err != nil {
 		return nil, err
 	}
@@ -183,7 +116,7 @@ func (fs FS) Keys(netns uint64) ([]Key, error) {
 		}
 		groups, err := os.ReadDir(fs.netnsDir(cookie))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, readDirError(err)
+			return nil, statedir.ReadError(err)
 		}
 		for _, g := range groups {
 			if k, ok := parseDirName(cookie, g.Name()); ok {
@@ -195,13 +128,6 @@ func (fs FS) Keys(netns uint64) ([]Key, error) {
 		return cmp.Or(cmp.Compare(a.NetNS, b.NetNS), strings.Compare(dirName(a), dirName(b)))
 	})
 	return keys, nil
-}
-
-func readDirError(err error) error {
-	if errors.Is(err, os.ErrPermission) {
-		return fmt.Errorf("read rpsel state: %w: run as root", ErrPermission)
-	}
-	return fmt.Errorf("read rpsel state: %w", err)
 }
 
 // sweepAside clears up what commands left behind that were killed while they
@@ -238,7 +164,7 @@ func (fs FS) sweepAside(netns uint64) error {
 
 // lockGroup takes the lock for a group that has state, and clears up what killed
 // commands left.
-func (fs FS) lockGroup(key Key) (*lock, error) {
+func (fs FS) lockGroup(key Key) (*statedir.Lock, error) {
 	l, err := fs.lock(key.NetNS)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w: attach it first", key, ErrNotAttached)
@@ -247,7 +173,7 @@ func (fs FS) lockGroup(key Key) (*lock, error) {
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	if err := fs.sweepAside(key.NetNS); err != nil {
-		l.unlock()
+		l.Unlock()
 		return nil, fmt.Errorf("%s: clear up after a killed command: %w", key, err)
 	}
 	return l, nil
@@ -316,13 +242,13 @@ func (fs FS) inForce(key Key) (string, error) {
 		if !running {
 			continue
 		}
-		l, err := fs.lockWithin(key.NetNS, 0)
+		l, err := fs.dirs().Lock(key.NetNS, 0)
 		if errors.Is(err, ErrLocked) {
 			return dir, nil
 		}
 		if err == nil {
 			err = fs.sweepAside(key.NetNS)
-			l.unlock()
+			l.Unlock()
 		}
 		return fs.groupDir(key), err
 	}
@@ -339,23 +265,19 @@ func (fs FS) Sweep(netns uint64) error {
 		return nil
 	}
 	if errors.Is(err, os.ErrPermission) {
-		return fmt.Errorf("read rpsel state: %w: run as root", ErrPermission)
+		return statedir.ReadError(err)
 	}
 	if err != nil {
 		return err
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	err = fs.sweepAside(netns)
 	fs.tidy(netns)
 	return err
 }
 
 // tidy removes directories that hold nothing any more. The caller has the lock.
-func (fs FS) tidy(netns uint64) {
-	if os.Remove(fs.netnsDir(netns)) == nil {
-		os.Remove(fs.root())
-	}
-}
+func (fs FS) tidy(netns uint64) { fs.dirs().Remove(fs.netnsDir(netns)) }
 
 // aside is a name for a directory that is being made or removed.
 func (fs FS) aside(k Key) string {

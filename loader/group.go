@@ -178,7 +178,7 @@ func (g *Group) locked(f func() error) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	if err := g.fs.sweepAside(g.key.NetNS); err != nil {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}

@@ -48,13 +48,3 @@ func (g *Group) Current() bool {
 	defer g.mu.Unlock()
 	return err == nil && len(g.old) == 0 && os.SameFile(g.state.dir, now)
 }
-
-// MakeMount mounts the bpffs if it is missing, as Attach does.
-//
-// Errors: ErrNoBPFFS, ErrPermission.
-func (fs FS) MakeMount() error {
-	if !fs.mounted() {
-		return fs.mountBPFFS()
-	}
-	return fs.writable()
-}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/maps"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -46,9 +47,9 @@ var (
 	// ErrFixed: an option cannot be changed while the group is attached.
 	ErrFixed = errors.New("fixed while attached")
 	// ErrLocked: another rpsel command held the namespace's lock for too long.
-	ErrLocked = errors.New("locked by another rpsel command")
+	ErrLocked = statedir.ErrLocked
 	// ErrNoBPFFS: there is no BPF file system and none could be mounted.
-	ErrNoBPFFS = errors.New("no bpf file system")
+	ErrNoBPFFS = statedir.ErrNoBPFFS
 	// ErrPermission: a capability is missing.
 	ErrPermission = sockets.ErrPermission
 	// ErrUnsupported: this kernel lacks a feature.
@@ -254,7 +255,7 @@ func (o Options) CheckOwner(key Key) error {
 // CheckProto refuses, in one line, what does not go with the protocol, or with the
 // affinity. It does not look at the rest.
 func (o Options) CheckProto(p Proto) error {
-	return cmp.Or(o.Affinity.CheckProto(p), o.First.Check(p, o.Affinity), o.Confirm.Check(p, o.Affinity))
+	return cmp.Or(o.Affinity.checkProto(p), o.First.checkProto(p, o.Affinity), o.Confirm.checkProto(p, o.Affinity))
 }
 
 // checkFixed refuses what cannot be changed while the group is attached.

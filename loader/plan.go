@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -45,7 +46,7 @@ func (fs FS) Plan(conn syscall.Conn, o Options) (Plan, error) {
 	}
 	for deadline := time.Now().Add(releasePatience); ; time.Sleep(5 * time.Millisecond) {
 		p, err = fs.plan(conn, o)
-		adopting := p.group.HasProgram && programName(p.group.Program) == sockets.AdoptProgram
+		adopting := p.group.HasProgram && programName(p.group.Program) == bpf.AdoptProgram
 		switch {
 		case time.Now().Before(deadline) && (adopting || p.inUse() && !p.group.HasProgram):
 		case adopting && errors.Is(err, ErrForeignProgram):

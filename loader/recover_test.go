@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/maps"
@@ -86,7 +87,7 @@ func TestAttachAfterKilledAdoption(t *testing.T) {
 	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 2, udpServer)
 	first, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: sockets.AdoptProgram, Type: ebpf.SocketFilter, License: "GPL",
+		Name: bpf.AdoptProgram, Type: ebpf.SocketFilter, License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
 	})
 	if err != nil {

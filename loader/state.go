@@ -473,7 +473,7 @@ func (fs FS) open(key Key) (*state, error) {
 // needs no lock: if the group is upgraded or detached meanwhile, and perhaps
 // attached anew, it looks again.
 func (fs FS) pinned(key Key) (*pinned, error) {
-	if err := fs.writable(); err != nil {
+	if err := fs.dirs().Writable(); err != nil {
 		return nil, err
 	}
 	for {

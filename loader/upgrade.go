@@ -66,7 +66,7 @@ func (fs FS) Upgrade(key Key, o UpgradeOptions) (Upgraded, error) {
 		if err != nil {
 			return u, fmt.Errorf("upgrade %w", err)
 		}
-		defer l.unlock()
+		defer l.Unlock()
 	}
 	old, err := fs.pinned(key)
 	if err != nil {

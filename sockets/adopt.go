@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/fault"
 )
@@ -38,10 +39,6 @@ func (a Adoption) Undo(conn syscall.Conn) error {
 		return os.NewSyscallError("setsockopt SO_REUSEPORT", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, a.reuseport))
 	})
 }
-
-// AdoptProgram names the program that Adopt attaches for a moment. One that stays
-// is of a process that was killed meanwhile.
-const AdoptProgram = "rpsel_adopt"
 
 // Adopt makes a reuseport group, with one member, of a live UDP socket or TCP
 // listener that was bound without SO_REUSEPORT. The server need not know. It
@@ -134,7 +131,7 @@ func makeGroup(fd int, key Key) (lost uint32, err error) {
 	}
 	// The server is the first in the group that is made for it.
 	first, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name:         AdoptProgram,
+		Name:         bpf.AdoptProgram,
 		Type:         ebpf.SocketFilter,
 		License:      "Dual MIT/GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},

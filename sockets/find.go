@@ -10,10 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"sync"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -21,6 +18,7 @@ import (
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/capability"
+	"github.com/rpsel/rpsel/internal/comm"
 	"github.com/rpsel/rpsel/internal/iterator"
 )
 
@@ -111,20 +109,9 @@ type Holder struct {
 	PID int
 	// FD is the descriptor's number there.
 	FD int
-	// Command is the process's name (/proc/PID/comm), as CommandName has it.
+	// Command is the process's name (/proc/PID/comm), which may be any. What is not
+	// printable in it is a question mark.
 	Command string
-}
-
-// CommandName makes a process's name, up to 15 bytes, fit for a terminal and a
-// line: every process may give itself any name, with line feeds and escape
-// sequences too. What is not printable becomes a question mark.
-func CommandName(comm []byte) string {
-	return strings.Map(func(r rune) rune {
-		if r == utf8.RuneError || !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, string(comm))
 }
 
 // String renders a holder as people write it, such as "openvpn (pid 4711)".
@@ -466,8 +453,8 @@ func socketOf(held []bpf.FindRecord) Socket {
 		return cmp.Or(cmp.Compare(own(a), own(b)), cmp.Compare(a.Started, b.Started), cmp.Compare(a.Pid, b.Pid), cmp.Compare(a.Fd, b.Fd))
 	})
 	for _, h := range held {
-		comm, _, _ := bytes.Cut(h.Comm[:], []byte{0})
-		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: CommandName(comm)})
+		name, _, _ := bytes.Cut(h.Comm[:], []byte{0})
+		s.Holders = append(s.Holders, Holder{PID: int(h.Pid), FD: int(h.Fd), Command: comm.Printable(name)})
 	}
 	return s
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/cgroup"
 	"github.com/rpsel/rpsel/internal/config"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -227,7 +228,8 @@ func (c *checker) ptrace() {
 }
 
 func (c *checker) bpffs() {
-	mount := c.scope.fs().Mount()
+	fs := statedir.FS(c.scope.bpffs)
+	mount := fs.Mount()
 	var stat unix.Statfs_t
 	err := unix.Statfs(mount, &stat)
 	switch {
@@ -241,8 +243,8 @@ func (c *checker) bpffs() {
 			return
 		}
 		c.need("bpffs", true, exitDone, "%s", mount)
-	case c.scope.fs().Mountable() != nil:
-		c.need("bpffs", false, exitUnsupported, "%v", c.scope.fs().Mountable())
+	case fs.Mountable() != nil:
+		c.need("bpffs", false, exitUnsupported, "%v", fs.Mountable())
 	case c.admin:
 		// Whether it can be mounted only a mount would tell.
 		c.need("bpffs", true, exitDone, "none on %s yet: attach mounts one", mount)

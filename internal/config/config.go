@@ -338,7 +338,7 @@ func (e entry) service(at place) (s Service, err error) {
 		wrong("policy")
 	}
 	if e.Affinity != nil && (s.Options.Affinity.UnmarshalText([]byte(*e.Affinity)) != nil ||
-		s.Options.Affinity.CheckProto(s.Proto) != nil) {
+		s.Options.CheckProto(s.Proto) != nil) {
 		wrong("affinity")
 	}
 	if e.ClientPrefix != nil && (s.Options.ClientPrefix.UnmarshalText([]byte(*e.ClientPrefix)) != nil ||
@@ -346,11 +346,11 @@ func (e entry) service(at place) (s Service, err error) {
 		wrong("client-prefix")
 	}
 	if e.First != nil && (s.Options.First.UnmarshalText([]byte(*e.First)) != nil ||
-		s.Options.First.Check(s.Proto, s.Options.Affinity) != nil) {
+		s.Options.CheckProto(s.Proto) != nil) {
 		wrong("first")
 	}
 	if e.Confirm != nil && (s.Options.Confirm.UnmarshalText([]byte(*e.Confirm)) != nil ||
-		s.Options.Confirm.Check(s.Proto, s.Options.Affinity) != nil) {
+		s.Options.CheckProto(s.Proto) != nil) {
 		wrong("confirm")
 	}
 	if e.Owner != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/internal/metrics"
 	"github.com/rpsel/rpsel/internal/owner"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -70,7 +71,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		dir.Close()
 	}
-	if err := o.FS.MakeMount(); err != nil {
+	if err := statedir.FS(o.FS).MakeMount(); err != nil {
 		return err
 	}
 	claim, err := newClaim(string(o.FS))

@@ -10,6 +10,7 @@ import (
 
 	"github.com/rpsel/rpsel/internal/config"
 	"github.com/rpsel/rpsel/internal/force"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/internal/watch"
 	"github.com/rpsel/rpsel/loader"
 )
@@ -19,7 +20,7 @@ var pid = os.Getpid()
 
 // recover removes what commands left behind that were killed.
 func (k *keeper) recover() error {
-	spaces, err := k.FS.NetNSes()
+	spaces, err := statedir.FS(k.FS).NetNSes()
 	if err != nil {
 		return err
 	}

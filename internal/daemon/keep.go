@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/rpsel/rpsel/internal/config"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
@@ -79,7 +80,7 @@ func (k *keeper) busy(netns uint64) bool {
 	if k.locked[netns] {
 		patience = 0
 	}
-	err := k.FS.AwaitUnlocked(netns, patience)
+	err := statedir.FS(k.FS).AwaitUnlocked(netns, patience)
 	k.fails(fmt.Sprint("lock ", netns), err)
 	if err == nil {
 		delete(k.locked, netns)

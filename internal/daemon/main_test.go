@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/rpsel/rpsel/agent"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -149,7 +150,7 @@ func (a *testAgent) awaitListeners(key loader.Key, n int) loader.Status {
 		return ok && s.Attached && alive == n && len(s.Unregistered) == 0 && s.Settling == 0
 	})
 	// The last of them is active before it has its share.
-	if err := a.fs.AwaitUnlocked(key.NetNS, time.Minute); err != nil {
+	if err := statedir.FS(a.fs).AwaitUnlocked(key.NetNS, time.Minute); err != nil {
 		a.t.Fatal(err)
 	}
 	return s

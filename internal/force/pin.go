@@ -15,6 +15,7 @@ import (
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/fault"
+	"github.com/rpsel/rpsel/internal/statedir"
 	"github.com/rpsel/rpsel/loader"
 )
 
@@ -30,6 +31,10 @@ type pinned struct {
 	Settings *ebpf.Map `ebpf:".rodata"`
 }
 
+// bindDir is where bind programs are pinned, beside the directories of the network
+// namespaces, which have numbers.
+func bindDir(fs loader.FS) string { return filepath.Join(statedir.FS(fs).Root(), "bind") }
+
 // PinDir is the directory of the programs for the settings' protocol, port and
 // address: PROTO_PORT, or PROTO_PORT_ADDR with the address in hexadecimal.
 func PinDir(fs loader.FS, s Settings) string {
@@ -37,7 +42,7 @@ func PinDir(fs loader.FS, s Settings) string {
 	if s.Addr.IsValid() {
 		name += "_" + hex.EncodeToString(s.Addr.Unmap().AsSlice())
 	}
-	return filepath.Join(fs.BindDir(), name)
+	return filepath.Join(bindDir(fs), name)
 }
 
 // Pin loads programs that force the settings, and pins them as bind4 and bind6
@@ -69,7 +74,7 @@ func Pin(fs loader.FS, s Settings) (changed bool, err error) {
 		return false, err
 	}
 	defer fresh.close()
-	if err := fs.MakeBindDir(); err != nil {
+	if err := statedir.FS(fs).Make(bindDir(fs)); err != nil {
 		return false, err
 	}
 	sweepAside(fs)
@@ -77,7 +82,7 @@ func Pin(fs loader.FS, s Settings) (changed bool, err error) {
 	if fresh.same(dir) {
 		return false, nil
 	}
-	if err := fresh.publish(fs.BindDir(), dir); err != nil {
+	if err := fresh.publish(bindDir(fs), dir); err != nil {
 		return false, fmt.Errorf("pin bind programs: %w", err)
 	}
 	return true, nil
@@ -90,7 +95,7 @@ func Unpin(fs loader.FS, s Settings) error {
 	if err := os.RemoveAll(PinDir(fs, s)); err != nil {
 		return fmt.Errorf("unpin bind programs: %w", err)
 	}
-	fs.RemoveBindDir()
+	statedir.FS(fs).Remove(bindDir(fs))
 	return nil
 }
 
@@ -98,7 +103,7 @@ func Unpin(fs loader.FS, s Settings) error {
 // pinned, sorted by the names of their directories. The other settings are
 // zero.
 func Pinned(fs loader.FS) ([]Settings, error) {
-	entries, err := os.ReadDir(fs.BindDir())
+	entries, err := os.ReadDir(bindDir(fs))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -139,7 +144,7 @@ func parsePinName(name string) (s Settings, ok bool) {
 
 // sweepAside removes what a killed process left.
 func sweepAside(fs loader.FS) {
-	left, _ := filepath.Glob(filepath.Join(fs.BindDir(), asidePrefix+"*"))
+	left, _ := filepath.Glob(filepath.Join(bindDir(fs), asidePrefix+"*"))
 	for _, dir := range left {
 		os.RemoveAll(dir)
 	}

@@ -113,7 +113,7 @@ func TestPinAgain(t *testing.T) {
 		if err != nil || changed != want {
 			t.Errorf("Pin: changed %v, %v, want %v", changed, err, want)
 		}
-		if left, _ := filepath.Glob(fs.BindDir() + "/tmp_*"); len(left) > 0 {
+		if left, _ := filepath.Glob(filepath.Dir(dir) + "/tmp_*"); len(left) > 0 {
 			t.Errorf("left aside: %q", left)
 		}
 		return ids(t, dir)
@@ -128,7 +128,7 @@ func TestPinAgain(t *testing.T) {
 	}
 	first := pin(s, true)
 	for path, mode := range map[string]os.FileMode{
-		fs.BindDir(): 0o700, dir: 0o700, dir + "/bind4": 0o600, dir + "/bind6": 0o600, dir + "/settings": 0o600,
+		filepath.Dir(dir): 0o700, dir: 0o700, dir + "/bind4": 0o600, dir + "/bind6": 0o600, dir + "/settings": 0o600,
 	} {
 		info, err := os.Stat(path)
 		must(t, err)
@@ -149,7 +149,7 @@ func TestPinAgain(t *testing.T) {
 
 	must(t, os.Remove(dir+"/bind6"))
 	replaced(third, pin(s, true))
-	must(t, os.Mkdir(fs.BindDir()+"/tmp_4711", 0o700))
+	must(t, os.Mkdir(filepath.Dir(dir)+"/tmp_4711", 0o700))
 	pin(s, false)
 
 	for _, bad := range []force.Settings{{Proto: sockets.UDP}, {Port: 7777}} {

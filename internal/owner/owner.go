@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rpsel/rpsel/internal/comm"
 	"github.com/rpsel/rpsel/internal/door"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
@@ -160,7 +161,7 @@ func (c client) Holder() (sockets.Holder, bool) {
 	h := sockets.Holder{PID: c.peer.PID}
 	if h.PID != 0 {
 		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", h.PID))
-		h.Command = sockets.CommandName(bytes.TrimSuffix(name, []byte("\n")))
+		h.Command = comm.Printable(bytes.TrimSuffix(name, []byte("\n")))
 	}
 	return h, true
 }

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/rpsel/rpsel/internal/daemon"
-	"github.com/rpsel/rpsel/loader"
+	"github.com/rpsel/rpsel/internal/statedir"
 )
 
 // keeper is a running "rpsel agent".
@@ -100,7 +100,7 @@ func (w *world) awaitAgent() error {
 			return nil
 		case s.Groups[0].Attached && len(s.Groups[0].Unregistered) == 0:
 			// The last of them is active before it has its share.
-			if err := loader.FS(w.bpffs).AwaitUnlocked(w.ns.Cookie(), time.Minute); err != nil {
+			if err := statedir.FS(w.bpffs).AwaitUnlocked(w.ns.Cookie(), time.Minute); err != nil {
 				return err
 			}
 			// A group that has only just come settles for a second: here time

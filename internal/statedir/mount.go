@@ -1,4 +1,4 @@
-package loader
+package statedir
 
 import (
 	"errors"
@@ -15,14 +15,14 @@ func (fs FS) Mount() string {
 	if fs != "" {
 		return string(fs)
 	}
-	if !isBPFFS(string(DefaultFS)) {
+	if !isBPFFS(string(Usual)) {
 		for _, root := range ancestor.Roots() {
-			if path := root + string(DefaultFS); isBPFFS(path) {
+			if path := root + string(Usual); isBPFFS(path) {
 				return path
 			}
 		}
 	}
-	return string(DefaultFS)
+	return string(Usual)
 }
 
 func isBPFFS(path string) bool {
@@ -30,12 +30,22 @@ func isBPFFS(path string) bool {
 	return unix.Statfs(path, &stat) == nil && stat.Type == unix.BPF_FS_MAGIC
 }
 
+// MakeMount mounts the bpffs if it is missing.
+//
+// Errors: ErrNoBPFFS, ErrPermission.
+func (fs FS) MakeMount() error {
+	if !fs.mounted() {
+		return fs.mount()
+	}
+	return fs.Writable()
+}
+
 // mounted reports whether there is a bpffs.
 func (fs FS) mounted() bool { return isBPFFS(fs.Mount()) }
 
-// writable refuses a bpffs that is mounted read-only. Not even reading works
+// Writable refuses a bpffs that is mounted read-only. Not even reading works
 // there: maps cannot be opened without writing permission.
-func (fs FS) writable() error {
+func (fs FS) Writable() error {
 	var stat unix.Statfs_t
 	if unix.Statfs(fs.Mount(), &stat) == nil && stat.Flags&unix.ST_RDONLY != 0 {
 		return fmt.Errorf("%w that can be written on %s: mount -o remount,rw it, or name another with --bpffs", ErrNoBPFFS, fs.Mount())
@@ -54,10 +64,10 @@ func (fs FS) Mountable() error {
 	return nil
 }
 
-// mountBPFFS mounts a BPF file system where one is looked for. The directory is
+// mount mounts a BPF file system where one is looked for. The directory is
 // made if it is missing, but not its parents. What is in a directory would be
 // hidden by the mount.
-func (fs FS) mountBPFFS() error {
+func (fs FS) mount() error {
 	if err := fs.Mountable(); err != nil {
 		return err
 	}
