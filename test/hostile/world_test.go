@@ -344,6 +344,7 @@ func (g *group) counted(t testing.TB) uint64 {
 // countRuns makes the kernel count them.
 func countRuns(t testing.TB) {
 	t.Helper()
+	testnet.Privileged(t)
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 	must(t, err)
 	t.Cleanup(func() { stats.Close() })
