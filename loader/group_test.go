@@ -83,11 +83,19 @@ func status(t *testing.T, g *loader.Group) loader.Status {
 	return s
 }
 
+// sizes are how many listeners a group has.
+func sizes() []int {
+	if testing.Short() {
+		return []int{1, 3}
+	}
+	return []int{1, 2, 3, 4, 8, 64}
+}
+
 // P0: attaching moves no flow, also after closes have put members into holes of
 // the kernel's order, and detaching brings back the kernel's hash.
 func TestAttachMovesNothing(t *testing.T) {
 	for _, c := range cases {
-		for _, n := range []int{1, 2, 3, 4, 8, 64} {
+		for _, n := range sizes() {
 			t.Run(fmt.Sprintf("%s from %s, %d", c.listen, c.remote, n), func(t *testing.T) {
 				ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 				servers := testnet.StartGroup(t, ns, n+2, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
@@ -140,7 +148,7 @@ func TestCloseAndJoin(t *testing.T) {
 	const flows = 600
 	for _, sticky := range []bool{true, false} {
 		for _, c := range cases {
-			for _, n := range []int{1, 2, 3, 4, 8, 64} {
+			for _, n := range sizes() {
 				if !sticky && n < 3 {
 					continue // nobody else to be harmed
 				}
@@ -240,6 +248,9 @@ func TestOrphansAreSpread(t *testing.T) {
 // New flows and orphans spread evenly over the rest, none by the kernel's hash.
 func TestManyDie(t *testing.T) {
 	for i, c := range []struct{ n, dead int }{{8, 4}, {8, 7}, {16, 8}, {16, 14}, {64, 56}} {
+		if testing.Short() && c.n > 8 {
+			break
+		}
 		at := cases[i]
 		t.Run(fmt.Sprintf("%d of %d, %s from %s", c.dead, c.n, at.listen, at.remote), func(t *testing.T) {
 			const flows = 24000

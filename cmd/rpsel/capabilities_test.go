@@ -511,6 +511,10 @@ func TestNoCapability(t *testing.T) {
 // which one that is.
 func TestCapabilities(t *testing.T) {
 	testnet.Privileged(t)
+	callers := []int{0, capCaller}
+	if testing.Short() {
+		callers = callers[1:]
+	}
 	built := buildCommand(t, "rpsel")
 	for _, n := range capability.Needs {
 		trial, ok := capTrials[n.Command]
@@ -518,7 +522,7 @@ func TestCapabilities(t *testing.T) {
 			t.Errorf("%s is not tried", n.Command)
 			continue
 		}
-		for _, uid := range []int{0, capCaller} {
+		for _, uid := range callers {
 			t.Run(fmt.Sprintf("%s as uid %d", n.Command, uid), func(t *testing.T) {
 				w := newCapWorld(t, built, uid)
 				try := trial(w)

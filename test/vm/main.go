@@ -100,7 +100,7 @@ func run(ctx context.Context, args []string) error {
 			}
 		}}
 		began := time.Now()
-		m, err := boot(ctx, b, k, dir, source, plan.order(k.release, b.tests), *silence, c.on)
+		m, err := boot(ctx, b, k, dir, source, plan.order(k.release, b.tests, accelerators()[0] == "tcg"), *silence, c.on)
 		r := c.ended(err, m.complaint())
 		r.took, r.accel = time.Since(began), m.accel
 		if r.problem != "" {

@@ -46,7 +46,8 @@ func document(path string, results []*result, p plan, day time.Time) error {
 
 Written by %smake vm%s on %s: the tests of this repository (set "%s") under kernels of Debian's, in machines with two
 processors and 2 GiB, with a static init and nothing else. A test that fails or cannot run there, a panic, a hang and a complaint of
-the kernel's make the result FAILED.
+the kernel's make the result FAILED. Emulated processors run short tests: as many, of which some have fewer cases
+(each mark at which commands are killed once, instead of in every command that comes to it; capabilities as one user, instead of two).
 
 `, "`", "`", day.Format(time.DateOnly), p.set)
 	row := func(cells ...string) { fmt.Fprintf(&s, "| %s |\n", strings.Join(cells, " | ")) }
