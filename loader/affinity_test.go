@@ -137,7 +137,7 @@ func TestAffinityClient(t *testing.T) {
 		{loader.AffinityClient, loader.ClientPrefix{}, networks * hosts},
 		{loader.AffinityClient, loader.ClientPrefix{V4: 24, V6: 56}, networks},
 	} {
-		for _, family := range cases[1:] { // those that have several addresses
+		for _, family := range some(cases[1:]) { // those that have several addresses
 			if family.listen == "[::1]:1194" {
 				continue
 			}
@@ -246,7 +246,7 @@ func TestAffinityBytes(t *testing.T) {
 		{loader.AffinityBytes(0, 20), false}, // more than the id
 		{loader.AffinityClient, false},
 	} {
-		for _, family := range cases[1:] {
+		for _, family := range some(cases[1:]) {
 			if family.listen == "[::1]:1194" {
 				continue
 			}
@@ -329,7 +329,7 @@ func TestAffinityBytes(t *testing.T) {
 // and nothing is tracked; a draining one gets none.
 func TestAffinityNone(t *testing.T) {
 	const packets = 3000
-	for _, c := range cases {
+	for _, c := range some(cases) {
 		t.Run(fmt.Sprintf("%s from %s", c.listen, c.remote), func(t *testing.T) {
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})

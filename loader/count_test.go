@@ -155,6 +155,9 @@ var (
 func each(t *testing.T, test func(t *testing.T, o loader.Options, network, listen, remote string)) {
 	for i, policy := range allPolicies {
 		for j, affinity := range allAffinities {
+			if testing.Short() && i > 0 && j > 0 {
+				continue
+			}
 			c := cases[(i+j)%len(cases)]
 			t.Run(fmt.Sprintf("%s %s %s from %s", policy, affinity, c.listen, c.remote), func(t *testing.T) {
 				test(t, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour, Policy: policy, Affinity: affinity}, c.network, c.listen, c.remote)

@@ -167,7 +167,7 @@ func (l *vpnLab) rules() map[string]int {
 // gets none.
 func TestFirstPackets(t *testing.T) {
 	const n = 120 // of each kind
-	for _, c := range append(cases[1:2:2], cases[3:]...) {
+	for _, c := range some(append(cases[1:2:2], cases[3:]...)) {
 		for _, first := range []loader.First{loader.FirstOpenVPN, ""} {
 			t.Run(fmt.Sprintf("%s from %s, first %s", c.listen, c.remote, first), func(t *testing.T) {
 				l := newVPNLab(t, c.network, c.listen, c.remote, 2, loader.Options{First: first})
@@ -288,7 +288,7 @@ func TestFirstTableFull(t *testing.T) {
 // also after an upgrade, whatever confirms a flow. Without the option, the control, many do not.
 func TestFloat(t *testing.T) {
 	const n = 60
-	for _, c := range append(cases[1:2:2], cases[3:]...) {
+	for _, c := range some(append(cases[1:2:2], cases[3:]...)) {
 		for _, o := range []loader.Options{withFirst, {Settle: -1, IdleNew: time.Hour, First: loader.FirstOpenVPN, Confirm: loader.ConfirmReply}, noSettle} {
 			t.Run(fmt.Sprintf("%s from %s, first %s, confirm %s", c.listen, c.remote, o.First, o.Confirm), func(t *testing.T) {
 				l := newVPNLab(t, c.network, c.listen, c.remote, 3, o)

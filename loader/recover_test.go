@@ -106,6 +106,10 @@ func TestAttachAfterKilledAdoption(t *testing.T) {
 // P6: commands at the same time, of which some find the state of others half
 // made or half removed, all do their work.
 func TestAtTheSameTime(t *testing.T) {
+	times := 8
+	if testing.Short() {
+		times = 2
+	}
 	ns, root := testnet.New(t), loader.FS(testnet.BPFFS(t))
 	testnet.StartGroup(t, ns, 2, udpServer)
 	conn := member(t, ns)
@@ -141,7 +145,7 @@ func TestAtTheSameTime(t *testing.T) {
 	changed := make(chan struct{})
 	for range 3 {
 		changing.Go(func() {
-			for range 8 {
+			for range times {
 				check(change())
 			}
 		})

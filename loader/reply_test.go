@@ -67,7 +67,7 @@ func twice(t *testing.T, fs loader.FS, key loader.Key, clients *testnet.Clients)
 // established one. The control is ConfirmClient, with which it is the other way
 // round.
 func TestReply(t *testing.T) {
-	for _, c := range cases {
+	for _, c := range some(cases) {
 		for _, confirm := range []loader.Confirm{loader.ConfirmReply, loader.ConfirmClient} {
 			t.Run(fmt.Sprintf("%s from %s, %s", c.listen, c.remote, confirm), func(t *testing.T) {
 				t.Parallel()
@@ -98,7 +98,7 @@ func TestReply(t *testing.T) {
 
 // It does not matter by which system call a server answers.
 func TestReplyWays(t *testing.T) {
-	for _, c := range cases {
+	for _, c := range some(cases) {
 		for _, how := range testnet.Replies {
 			t.Run(fmt.Sprintf("%s from %s, %s", c.listen, c.remote, how), func(t *testing.T) {
 				t.Parallel()
@@ -561,7 +561,7 @@ func TestReplyOptions(t *testing.T) {
 
 // P0: with ConfirmReply an attach moves nothing either.
 func TestReplyMovesNothing(t *testing.T) {
-	for _, c := range cases {
+	for _, c := range some(cases) {
 		t.Run(fmt.Sprintf("%s from %s", c.listen, c.remote), func(t *testing.T) {
 			dir := inCgroup(t)
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))

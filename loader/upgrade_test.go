@@ -29,7 +29,7 @@ import (
 func TestUpgrade(t *testing.T) {
 	for _, from := range []int{1, maps.ABI} {
 		for _, flows := range []int{0, 4000, 500} {
-			for _, c := range cases {
+			for _, c := range some(cases) {
 				t.Run(fmt.Sprintf("layout %d, %d flows, %s from %s", from, flows, c.listen, c.remote), func(t *testing.T) {
 					ns, root := testnet.New(t), testnet.BPFFS(t)
 					servers := testnet.StartGroup(t, ns, 4, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
