@@ -243,10 +243,12 @@ func (fs FS) inForce(key Key) (string, error) {
 			continue
 		}
 		l, err := fs.dirs().Lock(key.NetNS, 0)
-		if errors.Is(err, ErrLocked) {
+		switch {
+		case errors.Is(err, ErrLocked):
 			return dir, nil
-		}
-		if err == nil {
+		case errors.Is(err, os.ErrNotExist):
+			err = nil // the upgrade is done, and the last group detached since
+		case err == nil:
 			err = fs.sweepAside(key.NetNS)
 			l.Unlock()
 		}
