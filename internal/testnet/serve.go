@@ -60,8 +60,8 @@ func MaybeServe() {
 	os.Exit(0)
 }
 
-// serve binds the sockets, reports each on standard output, answers clients
-// and obeys orders from standard input until that ends. It is one thread with
+// serve binds the sockets, reports them on standard output, answers clients and
+// obeys orders from standard input until that ends. It is one thread with
 // one epoll, so that orders and answers never overlap.
 func (w *work) serve() error {
 	if w.UID != 0 {
@@ -117,9 +117,9 @@ func (w *work) serve() error {
 		if err := add(name); err != nil {
 			return err
 		}
-		if err := report(); err != nil {
-			return err
-		}
+	}
+	if err := report(); err != nil {
+		return err
 	}
 	if err := watch(unix.Stdin); err != nil {
 		return err

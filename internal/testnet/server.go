@@ -148,16 +148,14 @@ func start(t testing.TB, ns *NetNS, w work) (_ *Server, err error) {
 	})
 	childOut.Close() // or its end would not be seen
 
-	for range w.Names {
-		if err := s.bound(); err != nil {
-			s.Kill()
-			return nil, fmt.Errorf("server %s on %s %s: %w", w.Names[0], w.Network, w.Addr, err)
-		}
+	if err := s.bound(); err != nil {
+		s.Kill()
+		return nil, fmt.Errorf("server %s on %s %s: %w", w.Names[0], w.Network, w.Addr, err)
 	}
 	return s, nil
 }
 
-// bound waits for the report on a bind.
+// bound waits for the report on what is bound.
 func (s *Server) bound() error {
 	line, err := s.reports.ReadString('\n')
 	if err != nil {
