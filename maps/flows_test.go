@@ -11,6 +11,8 @@ import (
 	"github.com/rpsel/rpsel/internal/testnet"
 )
 
+func TestMain(m *testing.M) { testnet.Main(m) }
+
 func newFlows(tb testing.TB, buckets uint32) *Flows {
 	tb.Helper()
 	testnet.Privileged(tb)

@@ -7,8 +7,11 @@ import (
 
 	"github.com/cilium/ebpf/btf"
 
+	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/maps"
 )
+
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // The structures in Go are those that the program of layout 1 was compiled with.
 func TestStructures(t *testing.T) {

@@ -15,9 +15,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/loader"
 	"github.com/rpsel/rpsel/sockets"
 )
+
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // groups are one of each kind, which differ in one part of their name each.
 func groups() []loader.Summary {

@@ -17,6 +17,10 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
+// leavePatience is how long what tests started may take to end after them. The test of
+// that is less patient.
+var leavePatience = patience
+
 // Checked is the tests of a package as Main runs them, for a TestMain that has
 // to give them to somebody else.
 type Checked struct{ *testing.M }
@@ -43,7 +47,7 @@ func (c Checked) Run() int {
 		return code // a test that fails may leave anything
 	}
 	sockets.Unload()
-	if err := leaks(before, patience); err != nil {
+	if err := leaks(before, leavePatience); err != nil {
 		fmt.Fprintln(os.Stderr, "after all tests:", err)
 		return 1
 	}

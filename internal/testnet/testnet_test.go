@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,7 +17,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestMain(m *testing.M) { Main(m) }
+// envLeave says what TestLeave leaves.
+const envLeave = "RPSEL_TEST_LEAVE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(envLeave) != "" {
+		leavePatience = time.Second
+	}
+	Main(m)
+}
 
 // Every combination of client and listener family has its answers.
 var cases = []struct{ network, listen, remote string }{
@@ -225,6 +234,31 @@ func TestLeaks(t *testing.T) {
 	close(end)
 	if err := leaks(before, patience); err != nil {
 		t.Error(err)
+	}
+}
+
+// A package fails for what its tests leave, though each of them passed.
+func TestMainFails(t *testing.T) {
+	self, err := os.Executable()
+	must(t, err)
+	for leave, want := range map[string]string{"nothing": "PASS\n", "descriptor": "1 open descriptors:", "goroutine": "TestLeave"} {
+		cmd := exec.Command(self, "-test.run=^TestLeave$")
+		cmd.Env = append(os.Environ(), envLeave+"="+leave)
+		out, err := cmd.CombinedOutput()
+		if failed := cmd.ProcessState.ExitCode() == 1; failed != (leave != "nothing") || !strings.Contains(string(out), want) {
+			t.Errorf("%s: %v, want %q: %s", leave, err, want, out)
+		}
+	}
+}
+
+// TestLeave leaves what TestMainFails wants.
+func TestLeave(t *testing.T) {
+	switch os.Getenv(envLeave) {
+	case "descriptor":
+		_, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		must(t, err)
+	case "goroutine":
+		go func() { select {} }()
 	}
 }
 

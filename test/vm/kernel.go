@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -47,18 +48,20 @@ type kernel struct {
 	modules string // the directory with kernel/ and modules.dep
 }
 
-// claim keeps others out of the cache until this process ends.
-func claim(cache string) error {
-	dir, err := unix.Open(cache, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+// claim keeps others out of the cache until what it returns is closed.
+func claim(cache string) (io.Closer, error) {
+	dir, err := os.Open(cache)
 	if err != nil {
-		return &fs.PathError{Op: "open", Path: cache, Err: err}
+		return nil, err
 	}
-	if err := unix.Flock(dir, unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return fmt.Errorf("%s is in use by another make vm or make test: wait until that has ended", cache)
-	} else if err != nil {
-		return &fs.PathError{Op: "flock", Path: cache, Err: err}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		dir.Close()
+		if err == unix.EWOULDBLOCK {
+			return nil, fmt.Errorf("%s is in use by another make vm or make test: wait until that has ended", cache)
+		}
+		return nil, &fs.PathError{Op: "flock", Path: cache, Err: err}
 	}
-	return nil
+	return dir, nil
 }
 
 // fetch takes a kernel from the cache, or else from a mirror of Debian, which

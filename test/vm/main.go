@@ -68,9 +68,11 @@ func run(ctx context.Context, args []string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := claim(cache); err != nil {
+	claimed, err := claim(cache)
+	if err != nil {
 		return err
 	}
+	defer claimed.Close()
 	var kernels []kernel
 	for _, r := range chosen {
 		fmt.Printf("vm: kernel %s (%s)\n", r.name, r.suite)

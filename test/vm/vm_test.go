@@ -17,8 +17,11 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
 
+	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/test/vm/guest"
 )
+
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 func TestClosure(t *testing.T) {
 	const dep = `kernel/a/udp_diag.ko.xz: kernel/a/inet_diag.ko.xz
@@ -145,11 +148,13 @@ func TestClaim(t *testing.T) {
 	must(t, err)
 	defer dir.Close()
 	must(t, unix.Flock(int(dir.Fd()), unix.LOCK_EX))
-	if err := claim(cache); err == nil || !strings.Contains(err.Error(), "in use by another") {
+	if _, err := claim(cache); err == nil || !strings.Contains(err.Error(), "in use by another") {
 		t.Errorf("claimed with %v", err)
 	}
 	must(t, unix.Flock(int(dir.Fd()), unix.LOCK_UN))
-	must(t, claim(cache))
+	claimed, err := claim(cache)
+	must(t, err)
+	defer claimed.Close()
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK {
 		t.Errorf("another claim ends with %v", err)
 	}
