@@ -178,7 +178,11 @@ func (g *Group) locked(f func() error) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}
-	defer l.Unlock()
+	defer func() {
+		g.mu.Lock() // flock(2) orders the goroutines, too, but Go's memory model knows only of this
+		defer g.mu.Unlock()
+		l.Unlock()
+	}()
 	if err := g.fs.sweepAside(g.key.NetNS); err != nil {
 		return fmt.Errorf("%s: %w", g.key, err)
 	}

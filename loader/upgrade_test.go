@@ -395,7 +395,7 @@ func TestHandleFollows(t *testing.T) {
 func TestHandleFollowsUnderWay(t *testing.T) {
 	ns, root := testnet.New(t), testnet.BPFFS(t)
 	testnet.StartGroup(t, ns, 3, udpServer)
-	g := attach(t, loader.FS(root), ns, loader.Options{Flows: 1000, Settle: -1})
+	g := attach(t, loader.FS(root), ns, loader.Options{Flows: 1000, Settle: -1, IdleNew: time.Hour})
 	testnet.NewClients(t, ns, 200, "127.0.0.1:1194").Ask()
 	upgraded, changed := make(chan struct{}), make(chan struct{}, 1)
 	var using sync.WaitGroup
