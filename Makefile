@@ -24,7 +24,8 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 
 # What each kind of work needs: a command that must be there = the package it is in.
 BUILD_NEEDS := go=golang-go git=git
-TEST_NEEDS  := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
+RACE_NEEDS  := gcc=gcc /usr/include/stdlib.h=libc6-dev
+TEST_NEEDS  := $(BUILD_NEEDS) $(RACE_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
                haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux ip=iproute2 \
                promtool=prometheus prometheus-node-exporter=prometheus-node-exporter curl=curl \
                mandoc=mandoc dpkg=dpkg rpm=rpm zsh=zsh fish=fish \
@@ -34,10 +35,7 @@ VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=
                perl=perl-base unshare=util-linux \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 STYLE_NEEDS := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
-LINT_NEEDS  := $(STYLE_NEEDS) gcc=gcc /usr/include/stdlib.h=libc6-dev
-
-# The packages with goroutines whose tests take seconds; the detector sees no BPF.
-RACE := ./agent ./internal/config ./internal/door ./internal/owner ./internal/watch ./sockets
+LINT_NEEDS  := $(STYLE_NEEDS) $(RACE_NEEDS)
 
 .PHONY: help
 help: ## list the targets
@@ -78,7 +76,16 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometh
 
 # What rpsel itself is not to depend on is in modules of their own.
 MODULES := . examples/quic packaging test/kubernetes
-TESTS    = for m in $(MODULES); do $(GO) test -C $$m -count=1 -timeout=30m ./...; done
+# Tests wait for the kernel half of the time: one package per CPU is too few.
+AT_ONCE := -p $$((2 * $$(nproc)))
+TESTS    = for m in $(MODULES); do $(GO) test -C $$m $(AT_ONCE) -count=1 -timeout=30m ./...; done; $(RACES)
+
+# The race detector sees no BPF: it is for the packages with goroutines, and of the others
+# for the tests that use a handle from several at once, or a command that has some.
+WITH_GOROUTINES := ./agent ./internal/daemon ./internal/door ./internal/metrics ./internal/owner ./internal/watch ./sockets
+CONCURRENT      := '^Test(AtTheSameTime|HandleFollowsUnderWay|Scripts)$$/^events$$'
+RACE  := CGO_ENABLED=1 $(GO) test $(AT_ONCE) -race -count=1 -timeout=10m
+RACES := $(RACE) $(WITH_GOROUTINES); $(RACE) -run $(CONCURRENT) ./loader ./cmd/rpsel
 
 # A mirror of Debian, where this machine's package sources have none.
 VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
@@ -145,9 +152,9 @@ style: ## gofmt, clang-format, vet and staticcheck; part of test
 	for m in $(MODULES); do (cd $$m; $(GO) vet ./...; $$staticcheck ./...); done
 
 .PHONY: lint
-lint: style ## style, and the race detector on packages with goroutines
+lint: style ## style, and the race detector on what has goroutines; part of test
 	@$(call need,$(LINT_NEEDS))
-	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout=10m $(RACE)
+	$(RACES)
 
 .PHONY: clean
 clean: ## remove what was built

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"os"
@@ -34,6 +35,7 @@ import (
 
 func TestMain(m *testing.M) {
 	testnet.MaybeServe()
+	flag.Set("test.parallel", "4") // commands that are killed, and those after them, wait for the kernel half of the time
 	testscript.Main(testnet.Checked{M: m}, map[string]func(){"rpsel": main, "without": without, "only": onlyCmd})
 }
 
