@@ -284,7 +284,8 @@ OWN_FUNCTION __u64 survey(struct bucket *b, struct insertion *in)
 
 		if (vacant(w, in)) {
 			rank = RANK_VACANT;
-			if (READ_ONCE(b->flows[i].identity) == in->identity)
+			/* An empty one may have its identity still: a sweep leaves that. */
+			if (w && READ_ONCE(b->flows[i].identity) == in->identity)
 				rank = RANK_OWN;
 		} else {
 			used++;

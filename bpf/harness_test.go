@@ -308,7 +308,7 @@ func (tb *table) insert(first, second uint32, identity uint64, now, slot uint32,
 			switch silent := maps.Age(now, w.Second()); {
 			case w == 0 || expired(w, now):
 				vacant[n] = append(vacant[n], here)
-				if f.Identity == identity && own == nil {
+				if w != 0 && f.Identity == identity && own == nil {
 					own = &here
 				}
 			case w.State() == maps.New && max(silent, 0) > age:
@@ -369,6 +369,13 @@ func FuzzTable(f *testing.F) {
 	// Six in the first bucket: the seventh, whose tag is another, goes to the second.
 	f.Add([]byte{0, 0x44, 0, 0x54, 0, 0x64, 0, 0x74, 0, 0x84, 0, 0x94, 0, 0xc4})
 	f.Add([]byte{0, 4, 0, 20, 0x85, 0, 0, 20}) // two expire, the second comes back
+	// A flow whose entry was flushed comes back when its first bucket is full but for that,
+	// gets one in the second bucket, expires and comes back once more: there is one entry of it.
+	var both []byte
+	for n := range 16 {
+		both = append(both, 0, byte(4+n<<4))
+	}
+	f.Add(append(both, 0x40, 8, 0x40, 9, 0x40, 10, 0x40, 11, 0x40, 0, 0, 4, 0x89, 0, 0, 4))
 	f.Add(sweep)
 	f.Add(flood)
 	f.Add(churn)
