@@ -72,29 +72,12 @@ func NewWire(t testing.TB, ns *NetNS) *Wire {
 
 // open makes the device in the namespace of the calling thread.
 func (w *Wire) open() error {
-	const path, name = "/dev/net/tun", "wire"
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EPERM) {
-		return &Unavailable{"tun devices", err}
-	}
-	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	request, err := unix.NewIfreq(name)
-	if err == nil {
-		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-		err = os.NewSyscallError("ioctl TUNSETIFF", ioctl(fd, unix.TUNSETIFF, request))
-	}
-	if err != nil {
-		unix.Close(fd)
+	var err error
+	if w.tun, err = OpenTun("wire", unix.IFF_TUN); err != nil {
 		return err
 	}
-	w.tun = os.NewFile(uintptr(fd), path)
-	link, err := netlink.LinkByName(name)
+	link, err := netlink.LinkByName("wire")
 	if err != nil {
-		return err
-	}
-	if err := netlink.LinkSetUp(link); err != nil {
 		return err
 	}
 	for _, prefix := range []netip.Prefix{WireIPv4, WireIPv6} {
@@ -111,6 +94,36 @@ func (w *Wire) open() error {
 		}
 	}
 	return nil
+}
+
+// OpenTun makes a tun or tap device in the namespace of the calling thread, and sets it
+// up. It goes with the file.
+func OpenTun(name string, flags uint16) (*os.File, error) {
+	const path = "/dev/net/tun"
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EPERM) {
+		return nil, &Unavailable{"tun devices", err}
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	request, err := unix.NewIfreq(name)
+	if err == nil {
+		request.SetUint16(flags | unix.IFF_NO_PI)
+		err = os.NewSyscallError("ioctl TUNSETIFF", ioctl(fd, unix.TUNSETIFF, request))
+	}
+	var link netlink.Link
+	if err == nil {
+		link, err = netlink.LinkByName(name)
+	}
+	if err == nil {
+		err = netlink.LinkSetUp(link)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 // awaitLocal returns when packets to an address are taken in, which is a moment

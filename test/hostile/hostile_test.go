@@ -23,7 +23,14 @@ type shape struct {
 	// taken tells that the server gets it; dropped, that it does not. Neither: that is
 	// up to what the bytes say.
 	taken, dropped bool
+	// offloaded tells that each packet begins with what the sender left to do (offload).
+	offloaded bool
+	// train is how many datagrams may come of a packet, of taken ones all. 0: one.
+	train int
 }
+
+// datagrams is how many come of a packet, at most.
+func (s shape) datagrams() int { return max(s.train, 1) }
 
 // at is a byte of how, or 0.
 func at(how []byte, i int) int {
@@ -101,6 +108,25 @@ func headers(chain ...extension) func(from, to netip.AddrPort, payload, how []by
 func padding() []byte      { return []byte{1, 4, 0, 0, 0, 0} }
 func unknown(n int) []byte { return append([]byte{0x1e, byte(n)}, make([]byte, n)...) }
 
+// most is eight options that fill a header.
+func most() []byte { return append(slices.Repeat(unknown(255), 7), unknown(245)...) }
+
+// route is a routing header of a type, with so many addresses left to go.
+func route(kind byte, left int, list ...netip.Addr) extension {
+	data := []byte{kind, byte(left), 0, 0, 0, 0}
+	for _, addr := range list {
+		data = append(data, addr.AsSlice()...)
+	}
+	return extension{routing, data}
+}
+
+// segments is the routing header of segment routing (RFC 8754).
+func segments(left int, list ...netip.Addr) extension {
+	e := route(4, left, list...)
+	e.data[2] = byte(len(list) - 1)
+	return e
+}
+
 const (
 	hopByHop    = 0
 	routing     = 43
@@ -151,10 +177,30 @@ var shapes = []shape{
 		return [][]byte{ipv4(from.Addr(), to.Addr(), 1, 0, false, options, udp(from, to, payload))}
 	})},
 	{name: "hop-by-hop options", taken: true, make: headers(extension{hopByHop, padding()})},
+	{name: "a router alert", taken: true, make: headers(extension{hopByHop, []byte{5, 2, 0, 0, 1, 0}})},
+	{name: "the length of a jumbogram", dropped: true, make: headers(extension{hopByHop, []byte{0xc2, 4, 0, 0, 0, 100}})},
 	{name: "destination options", taken: true, make: headers(extension{destination, unknown(12)})},
-	{name: "a routing header", taken: true, make: headers(extension{routing, []byte{99, 0, 0, 0, 0, 0}})},
-	{name: "a routing header with somewhere left to go", dropped: true, make: headers(extension{routing, []byte{99, 1, 0, 0, 0, 0}})},
-	{name: "all headers", taken: true, make: headers(extension{hopByHop, padding()}, extension{destination, padding()}, extension{routing, []byte{99, 0, 0, 0, 0, 0}}, extension{destination, unknown(244)})},
+	{name: "a home address", dropped: true, make: headers(extension{destination, append([]byte{0xc9, 16}, client(1).Addr().AsSlice()...)})},
+	{name: "a routing header", taken: true, make: headers(route(99, 0))},
+	{name: "a routing header with somewhere left to go", dropped: true, make: headers(route(99, 1))},
+	{name: "routing type 0", taken: true, make: headers(route(0, 0, near6))},
+	{name: "routing type 0 with us left to go", dropped: true, make: headers(route(0, 1, near6))},
+	// Whether these come in is a matter of the kernel's configuration (CONFIG_IPV6_MIP6).
+	{name: "routing type 2", make: headers(route(2, 0, near6))},
+	{name: "routing type 2 with us left to go", make: headers(route(2, 1, near6))},
+	{name: "routing type 3", dropped: true, make: headers(route(3, 0, near6))},
+	{name: "segments", taken: true, make: headers(segments(0, near6, far6))},
+	{name: "segments with us left to go", taken: true, make: headers(segments(1, near6, far6))},
+	{name: "segments with others left to go", dropped: true, make: headers(segments(1, far6, near6))},
+	{name: "more segments left than there are", dropped: true, make: headers(segments(2, near6, near6))},
+	{name: "a fragment that is all", taken: true, make: headers(extension{unix.IPPROTO_FRAGMENT, make([]byte, 6)})},
+	{name: "a fragment that is all, between headers", taken: true, make: headers(extension{hopByHop, padding()}, route(0, 0, near6), extension{unix.IPPROTO_FRAGMENT, make([]byte, 6)}, extension{destination, padding()})},
+	{name: "a fragment that is all, twice", dropped: true, make: headers(extension{unix.IPPROTO_FRAGMENT, make([]byte, 6)}, extension{unix.IPPROTO_FRAGMENT, make([]byte, 6)})},
+	{name: "all headers", taken: true, make: headers(extension{hopByHop, padding()}, extension{destination, padding()}, route(99, 0), extension{destination, unknown(244)})},
+	// As many options as Linux takes (max_hbh_opts_number, max_dst_opts_number), in headers as
+	// long as they can be: where UDP begins is not in the linear part of the buffer.
+	{name: "the longest headers", taken: true, make: headers(extension{hopByHop, most()}, extension{destination, most()}, segments(0, slices.Repeat([]netip.Addr{near6}, 127)...), extension{destination, most()})},
+	{name: "an option too many", dropped: true, make: headers(extension{destination, slices.Concat(slices.Repeat(unknown(1), 8), unknown(4))})},
 	{name: "any headers", make: only(false, func(from, to netip.AddrPort, payload, how []byte) [][]byte {
 		var chain []extension
 		for i := 0; i < len(how) && i < 32; i += 8 {
@@ -220,8 +266,9 @@ var shapes = []shape{
 		mapped := netip.AddrFrom16(netip.AddrFrom4([4]byte{198, 51, 100, 10}).As16())
 		return [][]byte{ipv6(mapped, to.Addr(), unix.IPPROTO_UDP, udp(netip.AddrPortFrom(mapped, from.Port()), to, payload))}
 	})},
+	// IPv6 takes it. An answer would be another one, and so on.
 	{name: "from itself", dropped: true, make: func(from, to netip.AddrPort, payload, how []byte) [][]byte {
-		return [][]byte{simple(to, to, payload)}
+		return [][]byte{simple(to, to, append([]byte(testnet.Silence), payload...))}
 	}},
 	{name: "empty", make: func(from, to netip.AddrPort, _, how []byte) [][]byte {
 		return [][]byte{simple(from, to, nil)}
@@ -236,6 +283,35 @@ var shapes = []shape{
 		payload = append(payload, make([]byte, 30000)...)
 		return fragments(from, to, id(), payload, cut(sizeUDP+len(payload), 1400))
 	}},
+	{name: "a checksum left to do", offloaded: true, taken: true, make: undone(1, func(ip, size int, _ []byte) offload {
+		return offload{flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM}
+	})},
+	// Whether a tun device believes that is up to the kernel.
+	{name: "a bad checksum said to be good", offloaded: true, make: undone(1, func(ip, size int, _ []byte) offload {
+		return offload{flags: unix.VIRTIO_NET_HDR_F_DATA_VALID}
+	})},
+	{name: "an IP header in the linear part", offloaded: true, taken: true, make: undone(long, func(ip, size int, _ []byte) offload {
+		return offload{linear: ip}
+	})},
+	{name: "a byte in the linear part", offloaded: true, taken: true, make: undone(long, func(ip, size int, _ []byte) offload {
+		return offload{linear: 1}
+	})},
+	{name: "fragments left to make", offloaded: true, taken: true, make: undone(long, func(ip, size int, _ []byte) offload {
+		return offload{flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, kind: unix.VIRTIO_NET_HDR_GSO_UDP, linear: ip + sizeUDP, size: 1400}
+	})},
+	{name: "a train", offloaded: true, taken: true, train: long, make: undone(long, func(ip, size int, _ []byte) offload {
+		return offload{flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, kind: unix.VIRTIO_NET_HDR_GSO_UDP_L4, linear: ip + sizeUDP, size: size}
+	})},
+	// What is cut begins with the client's token again.
+	{name: "anything left to do", offloaded: true, train: long, make: undone(long, func(ip, size int, how []byte) offload {
+		return offload{
+			flags:    byte(at(how, 0) & 3),
+			kind:     []byte{unix.VIRTIO_NET_HDR_GSO_NONE, unix.VIRTIO_NET_HDR_GSO_UDP, unix.VIRTIO_NET_HDR_GSO_UDP_L4}[at(how, 1)%3],
+			linear:   at(how, 2),
+			size:     []int{0, size, 2 * size, long * size, 65535}[at(how, 3)%5],
+			checksum: at(how, 4) * at(how, 5) % 512,
+		}
+	})},
 	{name: "multicast", make: elsewhere(true, "224.0.0.1")},
 	{name: "multicast v6", make: elsewhere(false, "ff02::1")},
 	{name: "broadcast", make: elsewhere(true, "198.51.100.255")},
@@ -260,35 +336,59 @@ var shapes = []shape{
 	}},
 }
 
+// try sends packets of shapes onto a way, from some clients to each group.
+func (w *world) try(t *testing.T, by, clients int, shapes ...shape) {
+	t.Helper()
+	type packet struct {
+		shape
+		client  int
+		payload string
+	}
+	for _, g := range w.groups {
+		var sent []packet
+		for _, s := range shapes {
+			if s.train > 0 && !w.trains {
+				t.Logf("%s: this kernel takes none", s.name)
+				continue
+			}
+			before, n := g.counted(t), uint64(0)
+			taken := s.taken && !ways[by].lost
+			for c := range clients {
+				from, to := client(c), local(client(c).Addr(), g.port)
+				payload := append(w.next(c), make([]byte, 40)...)
+				packets := s.make(from, to, slices.Clone(payload), []byte{byte(c), 3, 0x17, 200, 100, 31, 0x44})
+				if packets == nil {
+					continue
+				}
+				w.send(t, s, by, packets)
+				if taken && !w.awaitAnswers(g.port, string(payload), s.datagrams()) {
+					t.Fatalf("%s, %s, client %d: answered %d times", s.name, kinds[g.kind].name, c, w.answers(g.port, string(payload)))
+				}
+				sent = append(sent, packet{s, c, string(payload)})
+				n++
+			}
+			// The wire has a packet delivered before it takes the next; a fragment, or a
+			// part of a train, is no run.
+			if runs := g.counted(t) - before; taken && by == alone && runs != n {
+				t.Errorf("%s, %s: %d runs of %d packets", s.name, kinds[g.kind].name, runs, n)
+			}
+		}
+		w.settle(t, g)
+		for _, p := range sent {
+			got := w.answers(g.port, p.payload)
+			if (p.dropped || ways[by].lost) && got != 0 || got > p.datagrams() {
+				t.Errorf("%s, %s, client %d: answered %d times", p.name, kinds[g.kind].name, p.client, got)
+			}
+		}
+	}
+}
+
 // P1, P8: whatever the shape of a packet, it goes where its client's flow is; nobody
 // else's flow moves, and each run is counted once.
 func TestShapes(t *testing.T) {
 	w := newWorld(t, true)
 	for _, s := range shapes {
-		t.Run(s.name, func(t *testing.T) {
-			for _, g := range w.groups {
-				var sent []string
-				for c := range clientsOf / 2 {
-					from, to := client(c), local(client(c).Addr(), g.port)
-					payload := append(w.next(c), make([]byte, 40)...)
-					packets := s.make(from, to, slices.Clone(payload), []byte{byte(c), 3, 0x17, 200, 100, 31, 0x44})
-					if packets == nil {
-						continue
-					}
-					w.send(t, packets)
-					if s.taken && !w.await(g.port, string(payload)) {
-						t.Errorf("%s, client %d: not answered", kinds[g.kind].name, c)
-					}
-					sent = append(sent, string(payload))
-				}
-				w.settle(t, g)
-				for _, payload := range sent {
-					if got := w.answers(g.port, payload); s.dropped && got != 0 || got > 1 {
-						t.Errorf("%s, client %d: answered %d times", kinds[g.kind].name, payload[tokenSize-1], got)
-					}
-				}
-			}
-		})
+		t.Run(s.name, func(t *testing.T) { w.try(t, alone, clientsOf/2, s) })
 	}
 }
 
@@ -320,7 +420,7 @@ func TestEverybody(t *testing.T) {
 			t.Run(s.name, func(t *testing.T) {
 				for _, g := range w.groups {
 					before, had := g.counted(t), w.answers(g.port, everybody)
-					w.send(t, s.make(client(c), local(client(c).Addr(), g.port), w.next(c), nil))
+					w.send(t, s, alone, s.make(client(c), local(client(c).Addr(), g.port), w.next(c), nil))
 					if !w.awaitAnswers(g.port, everybody, had+members) {
 						t.Errorf("%s: %d of %d members answer", kinds[g.kind].name, w.answers(g.port, everybody)-had, members)
 					}
@@ -333,14 +433,14 @@ func TestEverybody(t *testing.T) {
 	}
 }
 
-// FuzzPackets sends packets of any shape: each step is a shape, a group, a client and how
-// many bytes say how.
+// FuzzPackets sends packets of any shape by any way: each step is a shape, a group, a client,
+// a way and how many bytes say how.
 func FuzzPackets(f *testing.F) {
 	for i := range shapes {
 		how := []byte{9, 0x21, 0x80, 3, 255, 7}
 		var steps []byte
 		for c := range 4 {
-			steps = append(steps, byte(i), byte(i+c), byte(c), byte(len(how)))
+			steps = append(steps, byte(i), byte(i+c), byte(c), byte(4*i+c), byte(len(how)))
 			steps = append(steps, how...)
 		}
 		f.Add(steps)
@@ -349,15 +449,16 @@ func FuzzPackets(f *testing.F) {
 	f.Fuzz(func(t *testing.T, steps []byte) {
 		touched := map[*group]bool{}
 		for range maxSteps {
-			if len(steps) < 4 {
+			if len(steps) < 5 {
 				break
 			}
 			s, g, c := shapes[int(steps[0])%len(shapes)], w.groups[int(steps[1])%len(w.groups)], int(steps[2])%clientsOf
-			n := min(int(steps[3]), len(steps)-4)
-			how := steps[4 : 4+n]
-			steps = steps[4+n:]
+			by := int(steps[3]) % len(ways)
+			n := min(int(steps[4]), len(steps)-5)
+			how := steps[5 : 5+n]
+			steps = steps[5+n:]
 			payload := append(w.next(c), how...)
-			w.send(t, s.make(client(c), local(client(c).Addr(), g.port), payload, slices.Clone(how)))
+			w.send(t, s, by, s.make(client(c), local(client(c).Addr(), g.port), payload, slices.Clone(how)))
 			touched[g] = true
 		}
 		for g := range touched {

@@ -23,15 +23,20 @@ func udp(from, to netip.AddrPort, payload []byte) []byte {
 	binary.BigEndian.PutUint16(d[2:], to.Port())
 	binary.BigEndian.PutUint16(d[4:], uint16(sizeUDP+len(payload)))
 	d = append(d, payload...)
-	pseudo := append(from.Addr().AsSlice(), to.Addr().AsSlice()...)
-	pseudo = binary.BigEndian.AppendUint32(pseudo, uint32(len(d)))
-	pseudo = binary.BigEndian.AppendUint32(pseudo, unix.IPPROTO_UDP)
-	sum := testnet.Checksum(append(pseudo, d...))
+	sum := testnet.Checksum(append(pseudo(from.Addr(), to.Addr(), len(d)), d...))
 	if sum == 0 {
 		sum = 0xffff // 0 would say that there is none
 	}
 	binary.BigEndian.PutUint16(d[6:], sum)
 	return d
+}
+
+// pseudo is what is summed before a datagram of this size (RFC 8200, section 8.1; that of
+// IPv4 adds up to the same).
+func pseudo(from, to netip.Addr, size int) []byte {
+	p := append(from.AsSlice(), to.AsSlice()...)
+	p = binary.BigEndian.AppendUint32(p, uint32(size))
+	return binary.BigEndian.AppendUint32(p, unix.IPPROTO_UDP)
 }
 
 // ipv4 makes a packet, with options of up to 40 bytes, a multiple of four. Of a fragment,
@@ -105,15 +110,20 @@ type extension struct {
 	data   []byte // from the third byte on
 }
 
+// bytes are those of the header, before one with this number.
+func (e extension) bytes(next byte) []byte {
+	size := (2 + len(e.data) + 7) / 8 * 8
+	header := make([]byte, size)
+	header[0], header[1] = next, byte(size/8-1)
+	copy(header[2:], e.data)
+	return header
+}
+
 // extended makes an IPv6 packet with headers in between.
 func extended(from, to netip.AddrPort, payload []byte, chain []extension) []byte {
 	data, next := udp(from, to, payload), byte(unix.IPPROTO_UDP)
 	for _, e := range slices.Backward(chain) {
-		size := (2 + len(e.data) + 7) / 8 * 8
-		header := make([]byte, size)
-		header[0], header[1] = next, byte(size/8-1)
-		copy(header[2:], e.data)
-		data, next = append(header, data...), e.number
+		data, next = append(e.bytes(next), data...), e.number
 	}
 	return ipv6(from.Addr(), to.Addr(), next, data)
 }

@@ -111,6 +111,11 @@ type world struct {
 	ns     *testnet.NetNS
 	wire   *testnet.Wire
 	groups []*group
+	// senders are for each way, or what this kernel lacks for it.
+	senders []sender
+	lacks   []error
+	offload *os.File // a tun device for packets that are offloaded
+	trains  bool     // it takes trains
 
 	mu       sync.Mutex
 	has      map[whose]string // who answers whom
@@ -127,9 +132,13 @@ func newWorld(t testing.TB, attached bool) *world {
 	t.Helper()
 	ns := testnet.New(t)
 	w := &world{ns: ns, has: map[whose]string{}, answered: map[string]int{}, came: make(chan struct{}, 1)}
+	must(t, ns.Do(lenient))
 	w.wire = testnet.NewWire(t, ns)
 	w.wire.Datagrams(w.receive)
 	must(t, ns.Do(func() error { return setMTU("wire", 65535) }))
+	must(t, ns.Do(w.openOffload))
+	t.Cleanup(func() { w.offload.Close() })
+	w.openWays(t)
 	countRuns(t)
 	listen(t)
 
@@ -252,14 +261,28 @@ func answer(port uint16, payload string) string {
 	return fmt.Sprint(port, " ", payload[:min(len(payload), tokenSize+4)])
 }
 
-// send puts packets onto the wire. What the kernel does not take for IP it refuses.
-func (w *world) send(t testing.TB, packets [][]byte) {
+// send puts packets of a shape onto a way, or without one if this kernel lacks that. What
+// the kernel does not take for a packet it refuses.
+func (w *world) send(t testing.TB, s shape, by int, packets [][]byte) {
 	t.Helper()
+	put := w.senders[by]
+	switch {
+	case s.offloaded:
+		put = w.put
+	case put == nil:
+		put = w.senders[alone]
+	}
 	for _, p := range packets {
-		if err := w.wire.Send(p); err != nil && !errors.Is(err, unix.EINVAL) {
+		if err := put(p); err != nil && !errors.Is(err, unix.EINVAL) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// put sends what undone made.
+func (w *world) put(packet []byte) error {
+	_, err := w.offload.Write(packet)
+	return err
 }
 
 // answers is how many came to a payload.

@@ -23,6 +23,8 @@ import (
 var modules = []string{
 	"inet_diag", "udp_diag", "tcp_diag", "unix_diag", "netlink_diag", "veth", "tun", "dummy",
 	"nf_tables", "nft_compat", "sch_fq", "sch_ingress", "cls_bpf",
+	"8021q", "vxlan", "ip_gre", "ipip", "sit", "ip6_tunnel", // what is around packets, in test/hostile
+	"xfrm_user", "esp4", "esp6", "authenc", "crypto_null",
 }
 
 // programs are those of this machine that tests start, besides rpsel: some
