@@ -401,7 +401,7 @@ func TestWays(t *testing.T) {
 		}
 		t.Run(way.name, func(t *testing.T) {
 			if u, lacks := errors.AsType[*testnet.Unavailable](w.lacks[i]); lacks {
-				u.Skip(t)
+				u.SkipHere(t)
 			}
 			w.try(t, i, 2, plain...)
 		})

@@ -37,6 +37,7 @@ var few = map[string]string{
 	"internal/watch": "^Test(Events|BesideOthers)$",
 	"internal/force": "^Test(Dynamic|Reuseaddr|BindDevice)$",
 	"cmd/rpsel":      "^TestScripts$/^(attach|drain)$",
+	"test/hostile":   "^TestWays$",
 }
 
 // onOld are those for a kernel that is too old.
