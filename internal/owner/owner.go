@@ -62,9 +62,9 @@ type Groups struct {
 }
 
 // attachPatience is how long a server that registers at once after its bind waits
-// for the agent to attach its group. It takes milliseconds, or a quarter of a
-// second where the agent has to poll.
-const attachPatience = 2 * time.Second
+// for the agent to attach its group. It takes milliseconds, a quarter of a second
+// where the agent has to poll, and seconds on a machine that is overrun.
+const attachPatience = 10 * time.Second
 
 var _ door.Handler = Groups{}
 
