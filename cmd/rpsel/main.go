@@ -59,6 +59,9 @@ func (p plain) Write(text []byte) (int, error) {
 func harmless(text []byte) []byte {
 	shown := text
 	for i, b := range text {
+		if b >= ' ' && b < 0x7f {
+			continue // nearly all there is
+		}
 		// U+0080 to U+009F are control characters of two bytes.
 		c1 := b == 0xc2 && i+1 < len(text) && text[i+1]&0xe0 == 0x80
 		if c1 || b < ' ' && b != '\n' && b != '\t' || b == 0x7f {

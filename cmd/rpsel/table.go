@@ -1,8 +1,8 @@
 package main
 
 import (
+	"bytes"
 	"io"
-	"strings"
 	"unicode/utf8"
 )
 
@@ -37,23 +37,31 @@ func (t *table) write(w io.Writer, header bool) error {
 			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
 		}
 	}
-	var b strings.Builder
+	var text, line []byte
 	for _, row := range rows {
-		line := t.indent
+		line = append(line[:0], t.indent...)
 		for i, cell := range row {
-			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell))
+			pad := widths[i] - utf8.RuneCountInString(cell)
 			if i > 0 {
-				line += "  "
+				line = append(line, "  "...)
 			}
 			if t.columns[i].right {
-				line += pad + cell
-			} else {
-				line += cell + pad
+				line = appendSpaces(line, pad)
+			}
+			line = append(line, cell...)
+			if !t.columns[i].right {
+				line = appendSpaces(line, pad)
 			}
 		}
-		b.WriteString(strings.TrimRight(line, " "))
-		b.WriteByte('\n')
+		text = append(append(text, bytes.TrimRight(line, " ")...), '\n')
 	}
-	_, err := io.WriteString(w, b.String())
+	_, err := w.Write(text)
 	return err
+}
+
+func appendSpaces(line []byte, n int) []byte {
+	for range n {
+		line = append(line, ' ')
+	}
+	return line
 }
