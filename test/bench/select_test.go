@@ -111,15 +111,11 @@ func (g *sticky) measuredWhatItSays(rounds int) {
 		hit, new, rehomed = hit-l.Hit, new-l.New, rehomed-l.Rehomed
 	}
 	few := min(packets, g.flows/kinds)
-	fresh := packets
-	if g.small() {
-		fresh = min(packets, room(g.flows)-g.flows)
-	}
 	for _, c := range []struct {
 		name string
 		got  uint64
 		want int
-	}{{"hits", hit, rounds * (3*packets + few)}, {"new flows", new, rounds * fresh}, {"moves", rehomed, rounds * 2 * few}} {
+	}{{"hits", hit, rounds * (3*packets + few)}, {"new flows", new, rounds * packets}, {"moves", rehomed, rounds * 2 * few}} {
 		if got := float64(c.got) / float64(c.want); got < 0.98 || got > 1.02 {
 			g.b.Fatalf("%d flows: %d %s, want %d: the figures are of something else", g.flows, c.got, c.name, c.want)
 		}
