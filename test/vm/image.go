@@ -29,7 +29,7 @@ var modules = []string{
 
 // programs are those of this machine that tests start, besides rpsel: some
 // because they are linked dynamically.
-var programs = []string{"sh", "cat", "cp", "mount", "perl", "sleep", "true", "unshare"}
+var programs = []string{"sh", "cat", "cp", "echo", "grep", "mount", "perl", "setpriv", "sleep", "touch", "true", "unshare"}
 
 // built is what is compiled once for all kernels.
 type built struct {
