@@ -51,6 +51,17 @@ OWN_FUNCTION int choose_any(struct sk_reuseport_md *ctx, __u32 slot, struct choi
 }
 
 /*
+ * clear_bits is a full barrier. An atomic operation whose result nobody uses is
+ * none on arm64, where the kernel makes another instruction of it.
+ */
+ALWAYS_INLINE void clear_bits(__u64 *word, __u64 which)
+{
+	__u64 was = __sync_fetch_and_and(word, ~which);
+
+	asm volatile("" : : "r"(was));
+}
+
+/*
  * bury_bit clears the bit of a dead listener. A listener that registers sets its
  * bit last: if the second selection succeeds it came in between, and the bit is
  * set again whatever the order.
@@ -61,7 +72,7 @@ ALWAYS_INLINE int bury_bit(struct sk_reuseport_md *ctx, __u64 *word, __u32 slot)
 
 	if (!word || !bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
 		return 0;
-	__sync_fetch_and_and(word, ~bit);
+	clear_bits(word, bit);
 	if (bpf_sk_select_reuseport(ctx, &socks, &slot, 0))
 		return 1;
 	__sync_fetch_and_or(word, bit);

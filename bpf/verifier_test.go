@@ -129,6 +129,26 @@ func TestVerifier(t *testing.T) {
 	}
 }
 
+// Whoever clears the bit of a dead listener looks at its slot once more, after
+// that: what clears is a barrier. On CPUs other than x86 an atomic operation is
+// one only if it returns what was; those that do not are for counts, and for bits
+// that are set.
+func TestClearingIsABarrier(t *testing.T) {
+	spec, err := bpf.LoadSelect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[asm.AtomicOp]int{}
+	for _, program := range spec.Programs {
+		for _, ins := range program.Instructions {
+			seen[ins.OpCode.AtomicOp()]++
+		}
+	}
+	if seen[asm.AndAtomic] != 0 || seen[asm.FetchAnd] == 0 {
+		t.Errorf("%d times bits are cleared without a barrier, %d times with one", seen[asm.AndAtomic], seen[asm.FetchAnd])
+	}
+}
+
 // taken is what a loaded program takes, and how many bytes of machine code it has
 // become. What the kernel does not tell is 0.
 func taken(t *testing.T, spec *ebpf.ProgramSpec, program *ebpf.Program) (took budget, jited uint32) {
