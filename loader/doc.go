@@ -65,9 +65,9 @@
 // for sockets of other users' processes, CAP_SYS_PTRACE; [ConfirmReply] needs
 // CAP_NET_ADMIN and CAP_DAC_READ_SEARCH, mounting a bpffs and looking into other
 // network namespaces CAP_SYS_ADMIN. A server without any registers its sockets by
-// package agent. Linux 5.14 with BTF is needed; what needs a newer one says so, by
-// [ErrUnsupported] or by a function of its own ([CanCount], [HaveTimer],
-// [HaveSenderNetNS]).
+// package agent. Linux 5.14, on arm64 5.18, with BTF is needed; what needs a newer
+// one says so, by [ErrUnsupported] or by a function of its own ([CanCount],
+// [HaveTimer], [HaveSenderNetNS]).
 //
 // # What it does not do
 //

@@ -383,7 +383,7 @@ func loadError(what string, err error) error {
 	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
 		return capability.Denied("load "+what, needs...)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed: %w", what, ErrUnsupported, err)
+		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed, on arm64 5.18: %w", what, ErrUnsupported, err)
 	default:
 		return fmt.Errorf("load %s: %w", what, err)
 	}
