@@ -30,10 +30,11 @@ TEST_NEEDS  := $(BUILD_NEEDS) $(RACE_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 o
                promtool=prometheus prometheus-node-exporter=prometheus-node-exporter curl=curl \
                mandoc=mandoc dpkg=dpkg rpm=rpm zsh=zsh fish=fish \
                /usr/share/bash-completion/bash_completion=bash-completion \
-               /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
-VM_NEEDS    := $(BUILD_NEEDS) qemu-system-x86_64=qemu-system-x86 depmod=kmod xz=xz-utils dpkg-deb=dpkg \
-               perl=perl-base unshare=util-linux \
+               perl=perl-base /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
+VM_NEEDS    := $(BUILD_NEEDS) depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
+QEMU_amd64  := qemu-system-x86_64=qemu-system-x86
+QEMU_arm64  := qemu-system-aarch64=qemu-system-arm
 STYLE_NEEDS := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
 LINT_NEEDS  := $(STYLE_NEEDS) $(RACE_NEEDS)
 
@@ -63,7 +64,7 @@ demo: ## plain Linux and rpsel side by side, in a network namespace of its own
 
 .PHONY: test
 test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometheus, and some under two others
-	@$(call need,$(TEST_NEEDS) $(VM_NEEDS))
+	@$(call need,$(TEST_NEEDS) $(VM_NEEDS) $(QEMU_$(ARCH_HERE)))
 	@$(MAKE) --no-print-directory generated style
 	@if $(GO) run ./test/vm -usable; then \
 		set -x; $(GO) run ./test/vm -set ci -kernels "6.1 6.12" $(VM_FLAGS); \
@@ -90,10 +91,15 @@ RACES := $(RACE) $(WITH_GOROUTINES); $(RACE) -run $(CONCURRENT) ./loader ./cmd/r
 # A mirror of Debian, where this machine's package sources have none.
 VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
 
+ARCH_HERE := $(patsubst x86_64,amd64,$(patsubst aarch64,arm64,$(shell uname -m)))
+# One kernel is for this machine's architecture; the document is for a run of all.
+ARCHES    := $(or $(ARCH),$(if $(KERNEL),$(ARCH_HERE),amd64 arm64))
+
 .PHONY: vm
-vm: ## the tests under other kernels, in QEMU: all of them, or KERNEL=6.12; SET=ci for a few minutes
-	@$(call need,$(VM_NEEDS))
-	$(GO) run ./test/vm $(if $(KERNEL),-kernels "$(KERNEL)",-docs docs/kernels.md) $(if $(SET),-set $(SET)) $(VM_FLAGS)
+vm: ## the tests under other kernels, in QEMU: all of them, or KERNEL=6.12, ARCH=arm64; SET=ci for a few minutes
+	@$(call need,$(VM_NEEDS) $(foreach a,$(ARCHES),$(QEMU_$(a))))
+	$(GO) run ./test/vm -arches "$(ARCHES)" $(if $(KERNEL),-kernels "$(KERNEL)") $(if $(KERNEL)$(ARCH),,-docs docs/kernels.md) \
+		$(if $(SET),-set $(SET)) $(VM_FLAGS)
 
 .PHONY: soak
 soak: ## the stress tests and the chaos test for ten minutes each

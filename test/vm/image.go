@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"github.com/u-root/u-root/pkg/cpio"
@@ -27,22 +26,18 @@ var modules = []string{
 	"xfrm_user", "esp4", "esp6", "authenc", "crypto_null",
 }
 
-// programs are those of this machine that tests start, besides rpsel: some
-// because they are linked dynamically.
-var programs = []string{"sh", "cat", "cp", "echo", "grep", "mount", "perl", "setpriv", "sleep", "touch", "true", "unshare"}
-
-// built is what is compiled once for all kernels.
+// built is what is compiled once for all kernels of an architecture.
 type built struct {
 	dir   string // with init, the tests as NAME.test, and testnet.Builds
 	tests map[string]string
 }
 
 // build compiles everything into dir, statically.
-func build(ctx context.Context, dir string, packages []string) (built, error) {
+func build(ctx context.Context, dir string, on arch, packages []string) (built, error) {
 	b := built{dir: dir, tests: map[string]string{}}
 	goCommand := func(args ...string) error {
 		cmd := exec.CommandContext(ctx, "go", args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+on.name)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("go %s: %w\n%s", args[0], err, out)
 		}
@@ -67,8 +62,7 @@ func build(ctx context.Context, dir string, packages []string) (built, error) {
 }
 
 // image writes the file system of a machine: what was built, the files of the
-// repository, some programs of this machine, the modules of the kernel, and
-// the order.
+// repository, programs of Debian's, the modules of the kernel, and the order.
 func (b built) image(ctx context.Context, to io.Writer, k kernel, source string, order guest.Order) error {
 	a := newArchive(to)
 	a.dir("proc", "sys", "dev", "run", "tmp", "root", "etc", "var/tmp", "home", "mnt")
@@ -83,11 +77,8 @@ func (b built) image(ctx context.Context, to io.Writer, k kernel, source string,
 		a.file(filepath.Join(b.dir, name), filepath.Join(guest.Source, pkg, name))
 	}
 	a.tree(source, guest.Source)
-	for _, name := range programs {
-		a.program(name)
-	}
-	a.perl()
-	order.Modules = a.modules(ctx, k)
+	a.tree(k.programs, "")
+	order.Port, order.Modules = k.arch.events, a.modules(ctx, k)
 	text, err := json.Marshal(order)
 	if err != nil {
 		return err
@@ -153,68 +144,29 @@ func (a *archive) file(path, name string) {
 	a.add(cpio.StaticFile(name, string(text), uint64(stat.Mode().Perm())))
 }
 
-// tree adds the files of a directory, but for hidden ones, such as .git.
+// tree adds the files and links of a directory, but for hidden ones, such as
+// .git, and for what packages have for people.
 func (a *archive) tree(dir, name string) {
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		switch hidden := path != dir && strings.HasPrefix(d.Name(), "."); {
-		case err != nil:
+		if err != nil {
 			return err
-		case hidden && d.IsDir():
+		}
+		to := filepath.Join(name, strings.TrimPrefix(path, dir))
+		switch hidden := path != dir && strings.HasPrefix(d.Name(), "."); {
+		case d.IsDir() && (hidden || to == "/usr/share"):
 			return fs.SkipDir
 		case !hidden && d.Type().IsRegular():
-			a.file(path, filepath.Join(name, strings.TrimPrefix(path, dir)))
+			a.file(path, to)
+		case !hidden && d.Type() == fs.ModeSymlink:
+			target, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			a.add(cpio.Symlink(to, target))
 		}
 		return nil
 	})
 	a.err = errors.Join(a.err, err)
-}
-
-// library is a line of ldd, as in "libc.so.6 => /lib/libc.so.6 (0x7f00)" or
-// "/lib64/ld-linux-x86-64.so.2 (0x7f00)".
-var library = regexp.MustCompile(`(?m)^\s(?:\S+ => )?(/\S+) \(`)
-
-// program adds a program of this machine, with its libraries, to /bin.
-func (a *archive) program(name string) {
-	if a.err != nil {
-		return
-	}
-	path, err := exec.LookPath(name)
-	if err != nil {
-		a.err = err
-		return
-	}
-	a.file(path, filepath.Join("bin", name))
-	a.libraries(path)
-}
-
-func (a *archive) libraries(path string) {
-	// It fails for what is linked statically.
-	out, _ := exec.Command("ldd", path).Output()
-	for _, match := range library.FindAllSubmatch(out, -1) {
-		a.file(string(match[1]), string(match[1]))
-	}
-}
-
-// perl adds the modules that a one-line server needs.
-func (a *archive) perl() {
-	const list = `use Socket; use IO::Socket; print "$_\n" for values %INC`
-	out, err := exec.Command("perl", "-e", list).Output()
-	if err != nil && a.err == nil {
-		a.err = fmt.Errorf("perl: %w", err)
-	}
-	for line := range strings.Lines(string(out)) {
-		path := strings.TrimSpace(line)
-		a.file(path, path)
-	}
-	out, err = exec.Command("perl", "-e", `use Socket; use DynaLoader; print "$_\n" for @DynaLoader::dl_shared_objects`).Output()
-	if err != nil && a.err == nil {
-		a.err = fmt.Errorf("perl: %w", err)
-	}
-	for line := range strings.Lines(string(out)) {
-		path := strings.TrimSpace(line)
-		a.file(path, path)
-		a.libraries(path)
-	}
 }
 
 // modules adds the kernel's and returns their names in the order to load them.

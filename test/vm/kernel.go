@@ -21,11 +21,11 @@ import (
 
 // release is a kernel of Debian's that tests run under.
 type release struct {
-	name  string // as in make vm KERNEL=…
-	suite string // of Debian, where its package is
-	old   bool   // it lacks what rpsel needs: what is tested is that rpsel says so
-	ahead bool   // not released: only when asked for
-	args  string // more for the kernel's command line, in an emulated machine
+	name  string            // as in make vm KERNEL=…
+	suite string            // of Debian, where its package is
+	old   bool              // it lacks what rpsel needs: what is tested is that rpsel says so
+	ahead bool              // not released: only when asked for
+	args  map[string]string // more for the kernel's command line, in an emulated machine of an architecture
 }
 
 var releases = []release{
@@ -36,17 +36,22 @@ var releases = []release{
 	{name: "experimental", suite: "experimental", ahead: true, args: noStorage},
 }
 
-// noStorage mends what the lack of cmpxchg16b (see cpus) does to Linux 7.2: it
+// noStorage mends what the lack of cmpxchg16b (see arches) does to Linux 7.2: it
 // allocates the storage of sockets by kmalloc_nolock (mm/slub.c), which needs
 // that, or else a cache that is debugged.
-const noStorage = "slub_debug=Z,kmalloc-*"
+var noStorage = map[string]string{"amd64": "slub_debug=Z,kmalloc-*"}
 
 // kernel is one that was fetched.
 type kernel struct {
 	release
-	image   string // the file to boot
-	modules string // the directory with kernel/ and modules.dep
+	arch     arch
+	image    string // the file to boot
+	modules  string // the directory with kernel/ and modules.dep
+	programs string // the directory with those of its machine
 }
+
+// label tells kernels of one run from each other.
+func (k kernel) label() string { return k.name + " " + k.arch.name }
 
 // claim keeps others out of the cache until what it returns is closed.
 func claim(cache string) (io.Closer, error) {
@@ -64,33 +69,42 @@ func claim(cache string) (io.Closer, error) {
 	return dir, nil
 }
 
-// fetch takes a kernel from the cache, or else from a mirror of Debian, which
-// is one of the machine's own sources unless the caller names one.
-func (r release) fetch(ctx context.Context, cache, mirror string) (kernel, error) {
-	dir := filepath.Join(cache, r.suite)
-	if k, err := r.find(dir); err == nil {
+// store is where packages of Debian's are: a cache, and a mirror, which is one
+// of the machine's own sources unless the caller names one.
+type store struct {
+	cache, mirror string
+	patience      time.Duration // the mirror may take so long for a kernel, or for the programs
+}
+
+// kernels takes those of all the architectures, and programs for them, from the
+// cache, or else from the mirror.
+func (s store) kernels(ctx context.Context, chosen []release, on []arch) (kernels []kernel, err error) {
+	for _, a := range on {
+		programs, err := s.programs(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range chosen {
+			fmt.Printf("vm: kernel %s (%s, %s)\n", r.name, r.suite, a.name)
+			k, err := s.kernel(ctx, r, a)
+			if err != nil {
+				return nil, err
+			}
+			k.programs = programs
+			kernels = append(kernels, k)
+		}
+	}
+	return kernels, nil
+}
+
+func (s store) kernel(ctx context.Context, r release, on arch) (kernel, error) {
+	dir := filepath.Join(s.cache, on.name, r.suite)
+	if k, err := r.find(dir, on); err == nil {
 		return k, nil
 	}
-	// What an interrupted fetch left is of no use.
-	if err := os.RemoveAll(dir); err != nil {
-		return kernel{}, err
-	}
-	a, err := newApt(ctx, filepath.Join(dir, "apt"), r.suite, mirror)
+	fetched, err := s.fetch(ctx, dir, r.suite, on, kernelPackages)
 	if err != nil {
-		return kernel{}, err
-	}
-	files, err := a.download(ctx)
-	if err != nil {
-		return kernel{}, fmt.Errorf("kernel %s, from %s of %s: %w", r.name, r.suite, a.mirror, err)
-	}
-	fetched := filepath.Join(dir, "apt", "root")
-	for _, file := range files {
-		if _, err := command(ctx, nil, "dpkg-deb", "-x", file, fetched); err != nil {
-			return kernel{}, err
-		}
-		if err := os.Remove(file); err != nil {
-			return kernel{}, err
-		}
+		return kernel{}, fmt.Errorf("kernel %s, %w", r.name, err)
 	}
 	lib, err := modulesIn(fetched)
 	if err != nil {
@@ -100,15 +114,65 @@ func (r release) fetch(ctx context.Context, cache, mirror string) (kernel, error
 	if _, err := command(ctx, nil, "depmod", "-b", strings.TrimSuffix(lib, filepath.Join("lib/modules", filepath.Base(lib))), filepath.Base(lib)); err != nil {
 		return kernel{}, err
 	}
-	// Renamed last: what has this name is whole.
 	if err := os.Rename(fetched, filepath.Join(dir, "root")); err != nil {
 		return kernel{}, err
 	}
-	return r.find(dir)
+	return r.find(dir, on)
+}
+
+// programsSuite is the one whose programs all machines have.
+const programsSuite = "trixie"
+
+// programs are the packages with what tests start, besides rpsel: sh, cat, cp, grep,
+// sleep, true, mount, unshare and perl. Some tests want them because they are
+// linked dynamically.
+var programs = []string{"base-files", "dash", "coreutils", "mount", "util-linux", "grep", "perl-base"}
+
+// programs returns a directory with those, and what they need.
+func (s store) programs(ctx context.Context, on arch) (root string, err error) {
+	dir := filepath.Join(s.cache, on.name, "programs")
+	root = filepath.Join(dir, "root")
+	if _, err := os.Stat(root); err == nil {
+		return root, nil
+	}
+	fetched, err := s.fetch(ctx, dir, programsSuite, on, programPackages)
+	if err != nil {
+		return "", fmt.Errorf("programs, %w", err)
+	}
+	return root, os.Rename(fetched, root)
+}
+
+// fetch unpacks packages of a suite to a directory below dir. Who has made of it
+// what is wanted renames it to dir/root: what has that name is whole.
+func (s store) fetch(ctx context.Context, dir, suite string, on arch, list func(context.Context, *apt) ([]string, error)) (fetched string, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, s.patience, fmt.Errorf("it has not come within %v: name another mirror of Debian, as in make vm MIRROR=URL", s.patience))
+	defer cancel()
+	// What an interrupted fetch left is of no use.
+	if err := os.RemoveAll(dir); err != nil {
+		return "", err
+	}
+	a, err := newApt(ctx, filepath.Join(dir, "apt"), suite, on, s.mirror)
+	if err != nil {
+		return "", err
+	}
+	files, err := a.download(ctx, list)
+	if err != nil {
+		return "", fmt.Errorf("from %s of %s: %w", suite, a.mirror, err)
+	}
+	fetched = filepath.Join(dir, "apt", "root")
+	for _, file := range files {
+		if _, err := command(ctx, nil, "dpkg-deb", "-x", file, fetched); err != nil {
+			return "", err
+		}
+		if err := os.Remove(file); err != nil {
+			return "", err
+		}
+	}
+	return fetched, nil
 }
 
 // find looks for a kernel that was fetched before.
-func (r release) find(dir string) (kernel, error) {
+func (r release) find(dir string, on arch) (kernel, error) {
 	root := filepath.Join(dir, "root")
 	lib, err := modulesIn(root)
 	if err != nil {
@@ -116,7 +180,7 @@ func (r release) find(dir string) (kernel, error) {
 	}
 	for _, pattern := range []string{filepath.Join(root, "boot/vmlinuz-*"), filepath.Join(lib, "vmlinuz*")} {
 		if found, _ := filepath.Glob(pattern); len(found) == 1 {
-			return kernel{r, found[0], lib}, nil
+			return kernel{release: r, arch: on, image: found[0], modules: lib}, nil
 		}
 	}
 	return kernel{}, fmt.Errorf("%s: no kernel image: %w", root, fs.ErrNotExist)
@@ -131,17 +195,18 @@ func modulesIn(root string) (string, error) {
 	return "", fmt.Errorf("%s: no kernel modules: %w", root, fs.ErrNotExist)
 }
 
-// apt fetches packages of one suite, checks their signatures, and leaves the
-// machine's own configuration alone.
+// apt fetches packages of one suite and architecture, checks their signatures,
+// and leaves the machine's own configuration alone.
 type apt struct {
 	dir    string
+	arch   arch
 	mirror string
 	env    []string
 }
 
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-func newApt(ctx context.Context, dir, suite, mirror string) (*apt, error) {
+func newApt(ctx context.Context, dir, suite string, on arch, mirror string) (*apt, error) {
 	if mirror == "" {
 		var err error
 		if mirror, err = ownMirror(ctx); err != nil {
@@ -166,14 +231,16 @@ Acquire::Retries "3";
 Acquire::http::Timeout "30";
 Acquire::https::Timeout "30";
 APT::Sandbox::User "root";
-`, dir)
+APT::Architecture %[2]q;
+APT::Architectures { %[2]q; };
+`, dir, on.name)
 	source := fmt.Sprintf("deb [target=Packages signed-by=%s] %s %s main\n", keyring, mirror, suite)
 	for name, text := range map[string]string{"apt.conf": config, "sources.list": source, "status": ""} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			return nil, err
 		}
 	}
-	return &apt{dir, mirror, append(os.Environ(), "LC_ALL=C", "APT_CONFIG="+filepath.Join(dir, "apt.conf"))}, nil
+	return &apt{dir, on, mirror, append(os.Environ(), "LC_ALL=C", "APT_CONFIG="+filepath.Join(dir, "apt.conf"))}, nil
 }
 
 var errNoMirror = errors.New("none of this machine's package sources is a mirror of Debian: name one, as in make vm MIRROR=URL")
@@ -193,44 +260,15 @@ func ownMirror(ctx context.Context) (string, error) {
 	return "", errNoMirror
 }
 
-// meta depends on the newest kernel of a suite that is made for virtual
-// machines.
-const meta = "linux-image-cloud-amd64"
-
-// Since Linux 7 the image and the modules have packages of their own.
-var wanted = regexp.MustCompile(`^linux-(image|binary|modules)-[0-9].*-cloud-amd64$`)
-
-// attempts at a download, and what is waited between them: a mirror that is
-// being updated lists what it has no more, or not yet.
-const attempts = 3
-
-var pause = 10 * time.Second
-
-// download returns the files with the newest kernel of the suite.
-func (a *apt) download(ctx context.Context) (files []string, err error) {
-	for n := range attempts {
-		if n > 0 {
-			select {
-			case <-ctx.Done():
-			case <-time.After(pause):
-			}
-		}
-		if files, err = a.tryDownload(ctx); err == nil || ctx.Err() != nil {
-			break
-		}
-	}
-	return files, err
-}
-
-func (a *apt) tryDownload(ctx context.Context) ([]string, error) {
-	if _, err := command(ctx, a.env, "apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"); err != nil {
-		return nil, err
-	}
+// kernelPackages are those of the newest kernel that is made for virtual
+// machines. Since Linux 7 the image and the modules have packages of their own.
+func kernelPackages(ctx context.Context, a *apt) (packages []string, err error) {
+	meta := "linux-image-cloud-" + a.arch.name
+	wanted := regexp.MustCompile(`^linux-(image|binary|modules)-[0-9].*-cloud-` + a.arch.name + `$`)
 	out, err := command(ctx, a.env, "apt-cache", "depends", "--recurse", "--important", meta)
 	if err != nil {
 		return nil, err
 	}
-	var packages []string
 	for line := range strings.Lines(out) {
 		if name := strings.TrimSpace(line); wanted.MatchString(name) && !slices.Contains(packages, name) {
 			packages = append(packages, name)
@@ -238,6 +276,54 @@ func (a *apt) tryDownload(ctx context.Context) ([]string, error) {
 	}
 	if len(packages) == 0 {
 		return nil, fmt.Errorf("%s depends on no kernel", meta)
+	}
+	return packages, nil
+}
+
+// programPackages are those of programs, and what apt would install with them.
+func programPackages(ctx context.Context, a *apt) (packages []string, err error) {
+	out, err := command(ctx, a.env, "apt-get", append([]string{"install", "--simulate", "--no-install-recommends"}, programs...)...)
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(out) {
+		// As in "Inst dash (0.5.12-12 Debian:13.7/stable [arm64])".
+		if words := strings.Fields(line); len(words) > 1 && words[0] == "Inst" {
+			packages = append(packages, words[1])
+		}
+	}
+	return packages, nil
+}
+
+// attempts at a download, and what is waited between them: a mirror that is
+// being updated lists what it has no more, or not yet.
+const attempts = 3
+
+var pause = 10 * time.Second
+
+// download returns the files of the packages that list finds.
+func (a *apt) download(ctx context.Context, list func(context.Context, *apt) ([]string, error)) (files []string, err error) {
+	for n := range attempts {
+		if n > 0 {
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+		}
+		if files, err = a.tryDownload(ctx, list); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return files, err
+}
+
+func (a *apt) tryDownload(ctx context.Context, list func(context.Context, *apt) ([]string, error)) ([]string, error) {
+	if _, err := command(ctx, a.env, "apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"); err != nil {
+		return nil, err
+	}
+	packages, err := list(ctx, a)
+	if err != nil {
+		return nil, err
 	}
 	debs, err := os.MkdirTemp(a.dir, "debs-")
 	if err != nil {
@@ -249,11 +335,6 @@ func (a *apt) tryDownload(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	return filepath.Glob(filepath.Join(debs, "*.deb"))
-}
-
-// patience is how long a mirror may take for a kernel.
-func patience(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, d, fmt.Errorf("it has not come within %v: name another mirror of Debian, as in make vm MIRROR=URL", d))
 }
 
 // command runs a program and returns its output, or an error with all that it

@@ -14,8 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/rpsel/rpsel/test/vm/guest"
 )
 
@@ -28,32 +26,16 @@ type machine struct {
 	silence time.Duration // longer than this without an event, and it hangs
 }
 
-// accelerators are what to try, in this order, until a machine starts: the
-// processor's own virtualization where there is one, then emulation.
-func accelerators() []string {
-	cpu, err := os.ReadFile("/proc/cpuinfo")
-	// There may be a /dev/kvm that nothing runs with, in a guest for example.
-	able := err == nil && regexp.MustCompile(`(?m)^flags.* (vmx|svm)( |$)`).Match(cpu)
-	if able && unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil {
-		return []string{"kvm", "tcg"}
-	}
-	return []string{"tcg", "tcg"}
-}
-
-// cpus are the processors of the machines. Emulated, cmpxchg16b now and then
-// leaves flags that are none (seen with QEMU 7.2: Linux 6.12, which allocates
-// memory by it, then dies of a double fault).
-var cpus = map[string]string{"kvm": "max", "tcg": "max,cx16=off"}
-
 // args are those of the kernel's command line for an emulated machine. While
-// this one is busy that gets no time: the kernel would take its timer for broken,
-// and its processors for hanging. Silence is what tells, and the time limit of the
+// this one is busy that gets no time: the kernel would take its processors for
+// hanging. Silence is what tells, and the time limit of the
 // tests.
 func (m *machine) args() string {
 	if m.accel == "kvm" {
 		return ""
 	}
-	return " no_timer_check rcupdate.rcu_cpu_stall_timeout=300 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=600 " + m.kernel.args
+	a := m.kernel.arch
+	return " rcupdate.rcu_cpu_stall_timeout=300 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=600 " + a.args + " " + m.kernel.args[a.name]
 }
 
 // errSilent: the machine has not said a word, so it has done nothing.
@@ -64,16 +46,19 @@ var errSilent = errors.New("the machine has not started")
 func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 	ctx, kill := context.WithCancelCause(ctx)
 	defer kill(nil)
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-machine", "q35,accel="+m.accel, "-cpu", cpus[m.accel], "-smp", "2", "-m", "2048",
+	a := m.kernel.arch
+	args := []string{
+		"-machine", a.machine + ",accel=" + m.accel, "-cpu", a.cpu[m.accel], "-smp", "2", "-m", "2048",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-device", "virtio-rng-pci",
 		// The console and, undisturbed by it, the events.
-		"-serial", "file:"+m.console, "-chardev", "stdio,id=events,signal=off", "-serial", "chardev:events",
+		"-serial", "file:" + m.console, "-chardev", "stdio,id=events,signal=off",
 		"-kernel", m.kernel.image, "-initrd", m.image,
 		// A kernel in trouble restarts, which -no-reboot makes the end. One that is not
 		// run for a while, because the host has other things to do, is in none.
-		"-append", "console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240"+m.args())
+		"-append", "console=" + a.console + " rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240" + m.args(),
+	}
+	cmd := exec.CommandContext(ctx, a.qemu, append(args, a.port...)...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
@@ -81,7 +66,7 @@ func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 		return err
 	}
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("%w: install qemu-system-x86", err)
+		return fmt.Errorf("%w: install %s", err, a.in)
 	}
 	hangs := time.AfterFunc(m.silence, func() {
 		kill(fmt.Errorf("nothing came for %v, so it was killed", m.silence))
@@ -153,8 +138,8 @@ func (m *machine) complaint() string {
 // not start otherwise, and once more if it does not start at all.
 func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, on func(guest.Event)) (*machine, error) {
 	m := &machine{
-		kernel: k, image: filepath.Join(dir, "image"), silence: silence,
-		console: filepath.Join(dir, "console-"+k.name+".log"),
+		kernel: k, image: filepath.Join(dir, "image-"+k.name+"-"+k.arch.name), silence: silence,
+		console: filepath.Join(dir, "console-"+k.name+"-"+k.arch.name+".log"),
 	}
 	f, err := os.Create(m.image)
 	if err != nil {
@@ -165,7 +150,7 @@ func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Or
 	if err := errors.Join(b.image(ctx, buffered, k, source, o), buffered.Flush(), f.Close()); err != nil {
 		return m, err
 	}
-	for _, m.accel = range accelerators() {
+	for _, m.accel = range k.arch.accelerators() {
 		if err = m.run(ctx, on); !errors.Is(err, errSilent) {
 			break
 		}

@@ -11,8 +11,10 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -35,6 +37,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("vm", flag.ExitOnError)
 	names := flags.String("kernels", "", "`LIST` of kernels, as in \"6.1 6.12\"; all that are supported if empty")
+	archNames := flags.String("arches", runtime.GOARCH, "`LIST` of architectures, as in \"amd64 arm64\"")
 	set := flags.String("set", "all", "which tests: all, or ci, which takes a few minutes")
 	only := flags.String("package", "", "the tests of these `PACKAGES` only, as in \"loader ./sockets\"")
 	pattern := flags.String("run", "", "only tests that match this regular expression")
@@ -51,7 +54,11 @@ func run(ctx context.Context, args []string) error {
 		}
 		return nil
 	}
-	chosen, err := choose(*names)
+	chosen, err := chooseReleases(*names)
+	if err != nil {
+		return err
+	}
+	on, err := choose("architecture", *archNames, arches, func(a arch) []string { return []string{a.name} })
 	if err != nil {
 		return err
 	}
@@ -73,46 +80,35 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer claimed.Close()
-	var kernels []kernel
-	for _, r := range chosen {
-		fmt.Printf("vm: kernel %s (%s)\n", r.name, r.suite)
-		within, cancel := patience(ctx, *longest)
-		k, err := r.fetch(within, cache, *mirror)
-		cancel()
-		if errors.Is(err, errNoMirror) && *set == "ci" && os.Getenv("CI") != "true" {
-			fmt.Println("vm: left out:", err)
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		kernels = append(kernels, k)
+	kernels, err := store{cache, *mirror, *longest}.kernels(ctx, chosen, on)
+	if errors.Is(err, errNoMirror) && *set == "ci" && os.Getenv("CI") != "true" {
+		fmt.Println("vm: left out:", err)
+		return nil
 	}
-	fmt.Println("vm: compile the tests")
-	b, err := build(ctx, dir, plan.packages(chosen))
 	if err != nil {
 		return err
 	}
-	var results []*result
-	for _, k := range kernels {
-		c := &collector{result: result{release: k.release}, verbose: *verbose, done: func(o *outcome) {
-			fmt.Printf("vm: %-6s %s\n", k.name, o)
-			if !o.ok() && !*verbose {
-				fmt.Print(strings.Join(o.said, ""))
-			}
-		}}
-		began := time.Now()
-		m, err := boot(ctx, b, k, dir, source, plan.order(k.release, b.tests, accelerators()[0] == "tcg"), *silence, c.on)
-		r := c.ended(err, m.complaint())
-		r.took, r.accel = time.Since(began), m.accel
-		if r.problem != "" {
-			fmt.Printf("vm: %-6s %s\n", k.name, r.problem)
-		}
-		results = append(results, r)
-		if ctx.Err() != nil {
-			break
+	ready := map[string]built{} // by architecture
+	for _, a := range on {
+		fmt.Println("vm: compile the tests for", a.name)
+		if ready[a.name], err = build(ctx, filepath.Join(dir, a.name), a, plan.packages(chosen)); err != nil {
+			return err
 		}
 	}
+	results := make([]*result, len(kernels))
+	// A machine is at one test most of the time, which is mostly one processor's work.
+	atOnce := make(chan struct{}, runtime.NumCPU())
+	var running sync.WaitGroup
+	for i, k := range kernels {
+		atOnce <- struct{}{}
+		running.Go(func() {
+			defer func() { <-atOnce }()
+			b := ready[k.arch.name]
+			emulated := k.arch.accelerators()[0] == "tcg"
+			results[i] = test(ctx, b, k, dir, source, plan.order(k.release, b.tests, emulated), *silence, *verbose)
+		})
+	}
+	running.Wait()
 	summary(os.Stdout, results)
 	if *docs != "" && *only == "" && *pattern == "" {
 		if err := document(*docs, results, plan, time.Now()); err != nil {
@@ -125,25 +121,46 @@ func run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// choose finds releases by name.
-func choose(names string) (chosen []release, err error) {
-	for _, name := range strings.Fields(strings.ReplaceAll(names, ",", " ")) {
-		i := slices.IndexFunc(releases, func(r release) bool { return r.name == name || r.suite == name })
-		if i < 0 {
-			var known []string
-			for _, r := range releases {
-				known = append(known, r.name)
-			}
-			return nil, fmt.Errorf("kernel %q: use one of %s", name, strings.Join(known, ", "))
+// test runs the tests under one kernel.
+func test(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, verbose bool) *result {
+	c := &collector{result: result{kernel: k}, verbose: verbose, done: func(o *outcome) {
+		said := ""
+		if !o.ok() && !verbose {
+			said = strings.Join(o.said, "")
 		}
-		chosen = append(chosen, releases[i])
+		fmt.Printf("vm: %-12s %s\n%s", k.label(), o, said)
+	}}
+	began := time.Now()
+	m, err := boot(ctx, b, k, dir, source, o, silence, c.on)
+	r := c.ended(err, m.complaint())
+	r.took, r.accel = time.Since(began), m.accel
+	if r.problem != "" {
+		fmt.Printf("vm: %-12s %s\n", k.label(), r.problem)
 	}
-	if chosen == nil {
-		for _, r := range releases {
-			if !r.ahead {
-				chosen = append(chosen, r)
+	return r
+}
+
+// chooseReleases finds releases by the names that they have, or are all that
+// are released.
+func chooseReleases(names string) ([]release, error) {
+	if strings.TrimSpace(names) == "" {
+		return slices.DeleteFunc(slices.Clone(releases), func(r release) bool { return r.ahead }), nil
+	}
+	return choose("kernel", names, releases, func(r release) []string { return []string{r.name, r.suite} })
+}
+
+// choose finds what is known by names.
+func choose[T any](what, names string, from []T, known func(T) []string) (chosen []T, err error) {
+	for _, name := range strings.Fields(strings.ReplaceAll(names, ",", " ")) {
+		i := slices.IndexFunc(from, func(t T) bool { return slices.Contains(known(t), name) })
+		if i < 0 {
+			var all []string
+			for _, t := range from {
+				all = append(all, known(t)[0])
 			}
+			return nil, fmt.Errorf("%s %q: use one of %s", what, name, strings.Join(all, ", "))
 		}
+		chosen = append(chosen, from[i])
 	}
 	return chosen, nil
 }

@@ -18,7 +18,7 @@ import (
 
 // result is what came out of a kernel.
 type result struct {
-	release
+	kernel
 	booted   string // what uname says, with "5.10.0-32-cloud-amd64"
 	accel    string
 	took     time.Duration

@@ -18,7 +18,7 @@ func summary(w io.Writer, results []*result) {
 	for _, r := range results {
 		passed, failed, skipped := r.sum()
 		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%v\t%s\t\n",
-			r.name, r.booted, len(r.names()), passed, failed, skipped, r.took.Round(time.Second), r.word())
+			r.label(), r.booted, len(r.names()), passed, failed, skipped, r.took.Round(time.Second), r.word())
 	}
 	t.Flush()
 }
@@ -48,6 +48,7 @@ Written by %smake vm%s on %s: the tests of this repository (set "%s") under kern
 processors and 2 GiB, with a static init and nothing else. A test that fails or cannot run there, a panic, a hang and a complaint of
 the kernel's make the result FAILED. Emulated processors run short tests: as many, of which some have fewer cases
 (each mark at which commands are killed once, instead of in every command that comes to it; capabilities as one user, instead of two).
+An arm64 machine that is emulated on x86 has x86's order of loads and stores, not its own weaker one.
 
 `, "`", "`", day.Format(time.DateOnly), p.set)
 	row := func(cells ...string) { fmt.Fprintf(&s, "| %s |\n", strings.Join(cells, " | ")) }
@@ -57,14 +58,14 @@ the kernel's make the result FAILED. Emulated processors run short tests: as man
 	rule(9)
 	for _, r := range results {
 		passed, failed, skipped := r.sum()
-		row(r.name, r.booted, r.suite, fmt.Sprint(passed), fmt.Sprint(failed), fmt.Sprint(skipped),
+		row(r.label(), r.booted, r.suite, fmt.Sprint(passed), fmt.Sprint(failed), fmt.Sprint(skipped),
 			r.took.Round(time.Second).String(), map[string]string{"kvm": "KVM", "tcg": "emulated"}[r.accel], r.word())
 	}
 
 	s.WriteString("\nTests that passed, by package:\n\n")
 	columns := []string{"package"}
 	for _, r := range results {
-		columns = append(columns, r.name)
+		columns = append(columns, r.label())
 	}
 	row(columns...)
 	rule(len(columns))
@@ -114,12 +115,12 @@ the kernel's make the result FAILED. Emulated processors run short tests: as man
 	for _, r := range results {
 		for _, o := range r.packages {
 			if !o.ok() {
-				fmt.Fprintf(&s, "- %s, %q: %s\n", r.name, o.name, strings.TrimSpace(strings.Join(o.fails, ", ")+" "+o.problem))
+				fmt.Fprintf(&s, "- %s, %q: %s\n", r.label(), o.name, strings.TrimSpace(strings.Join(o.fails, ", ")+" "+o.problem))
 			}
 		}
 		if r.problem != "" {
 			first, _, _ := strings.Cut(r.problem, "\n")
-			fmt.Fprintf(&s, "- %s: %s\n", r.name, first)
+			fmt.Fprintf(&s, "- %s: %s\n", r.label(), first)
 		}
 	}
 	if !slices.ContainsFunc(results, func(r *result) bool { return !r.ok() }) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -41,7 +42,7 @@ kernel/b/top.ko: kernel/b/bottom.ko
 
 func TestChoose(t *testing.T) {
 	names := func(list string) string {
-		chosen, err := choose(list)
+		chosen, err := chooseReleases(list)
 		if err != nil {
 			return err.Error()
 		}
@@ -60,6 +61,47 @@ func TestChoose(t *testing.T) {
 		if got := names(list); got != want {
 			t.Errorf("%q: %s, want %s", list, got, want)
 		}
+	}
+}
+
+// Every architecture's own packages are asked for, and what they need.
+func TestFetchArches(t *testing.T) {
+	dir := t.TempDir()
+	programs := maps.Clone(fakes)
+	programs["apt-cache"] = `for a in amd64 arm64; do echo "  linux-image-6.1.0-1-cloud-$a"; done`
+	programs["apt-get"] = `case "$*" in
+install*) echo "Reading package lists..."; echo "Inst libc6 (2.41 Debian:13.7/stable [amd64]) []"; echo "Inst dash (0.5.12-12 Debian:13.7/stable [amd64])" ;;
+download*) shift 2; grep -o 'APT::Architecture ".*"' $APT_CONFIG >>$MIRROR/asked; echo "$*" >>$MIRROR/asked; echo >some.deb ;;
+esac`
+	for name, text := range programs {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+text+"\n"), 0o755))
+	}
+	t.Setenv("MIRROR", dir)
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	s := store{filepath.Join(dir, "cache"), "http://mirror/debian", time.Hour}
+	kernels, err := s.kernels(context.Background(), []release{{name: "6.1", suite: "bookworm"}}, arches)
+	must(t, err)
+	var labels []string
+	roots := map[string]bool{}
+	for _, k := range kernels {
+		labels = append(labels, k.label())
+		for _, path := range []string{k.image, k.modules, k.programs} {
+			_, err := os.Stat(path)
+			must(t, err)
+		}
+		roots[k.image], roots[k.programs] = true, true
+	}
+	if diff := cmp.Diff([]string{"6.1 amd64", "6.1 arm64"}, labels); diff != "" || len(roots) != 4 {
+		t.Error("-want +got\n", diff, roots)
+	}
+	var want strings.Builder
+	for _, a := range arches {
+		fmt.Fprintf(&want, "APT::Architecture \"%[1]s\"\nlibc6 dash\nAPT::Architecture \"%[1]s\"\nlinux-image-6.1.0-1-cloud-%[1]s\n", a.name)
+	}
+	asked, err := os.ReadFile(filepath.Join(dir, "asked"))
+	must(t, err)
+	if diff := cmp.Diff(want.String(), string(asked)); diff != "" {
+		t.Error("-want +got\n", diff)
 	}
 }
 
@@ -102,7 +144,7 @@ func TestFetch(t *testing.T) {
 			t.Setenv("MIRROR", dir)
 			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 			cache := filepath.Join(dir, "cache")
-			must(t, os.MkdirAll(filepath.Join(cache, "bookworm/apt/root/lib/modules/5.0"), 0o755)) // of a fetch that was killed
+			must(t, os.MkdirAll(filepath.Join(cache, "amd64/bookworm/apt/root/lib/modules/5.0"), 0o755)) // of a fetch that was killed
 
 			ctx, cancel := context.WithCancelCause(context.Background())
 			defer cancel(nil)
@@ -113,7 +155,8 @@ func TestFetch(t *testing.T) {
 				}()
 			}
 			r := release{name: "6.1", suite: "bookworm"}
-			k, err := r.fetch(ctx, cache, "http://mirror/debian")
+			s := store{cache, "http://mirror/debian", time.Hour}
+			k, err := s.kernel(ctx, r, arches[0])
 			said := ""
 			if err != nil {
 				said = err.Error()
@@ -131,7 +174,7 @@ func TestFetch(t *testing.T) {
 			if test.want != "" {
 				return
 			}
-			if _, err := r.fetch(ctx, cache, "http://mirror/debian"); err != nil {
+			if _, err := s.kernel(ctx, r, arches[0]); err != nil {
 				t.Error(err)
 			}
 			if again, err := os.ReadFile(filepath.Join(dir, "updates")); err != nil || len(again) != test.updates {
@@ -167,22 +210,38 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// Every directory comes before what is in it, and nothing twice.
+// Every directory comes before what is in it, and nothing twice. Of packages
+// comes what programs need.
 func TestArchive(t *testing.T) {
 	var b bytes.Buffer
 	a := newArchive(&b)
 	a.text("/a/b/one", "1")
 	a.text("a/b/one", "2")
 	a.dir("a", "c")
+	root := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(root, "usr/bin"), 0o755))
+	must(t, os.MkdirAll(filepath.Join(root, "usr/share/doc"), 0o755))
+	for _, name := range []string{"usr/bin/dash", "usr/share/doc/dash", "usr/.hidden"} {
+		must(t, os.WriteFile(filepath.Join(root, name), nil, 0o755))
+	}
+	must(t, os.Symlink("dash", filepath.Join(root, "usr/bin/sh")))
+	a.tree(root, "")
 	if err := a.close(); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
 	err := cpio.ForEachRecord(cpio.Newc.Reader(bytes.NewReader(b.Bytes())), func(r cpio.Record) error {
-		got = append(got, r.Name)
+		name := r.Name
+		if r.Mode&cpio.S_IFMT == cpio.S_IFLNK {
+			target, err := io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))
+			must(t, err)
+			name += " -> " + string(target)
+		}
+		got = append(got, name)
 		return nil
 	})
-	if diff := cmp.Diff([]string{"a", "a/b", "a/b/one", "c"}, got); err != nil || diff != "" {
+	want := []string{"a", "a/b", "a/b/one", "c", "usr", "usr/bin", "usr/bin/dash", "usr/bin/sh -> dash"}
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Error(err, diff)
 	}
 	a.file("/proc/self/mem", "cannot be read")
@@ -256,13 +315,13 @@ func TestMachineEnds(t *testing.T) {
 		{"init in trouble", up + event(guest.Event{Broken: "load /x.ko: exec format error"}) + event(guest.Event{Done: true}), "load /x.ko: exec format error"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			dir := t.TempDir()
+			dir, on := t.TempDir(), arches[0]
 			script := "#!/bin/sh\ncd " + dir + "\n: > console\n" + test.script
-			if err := os.WriteFile(filepath.Join(dir, "qemu-system-x86_64"), []byte(script), 0o755); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, on.qemu), []byte(script), 0o755); err != nil {
 				t.Fatal(err)
 			}
 			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-			m := machine{console: filepath.Join(dir, "console"), accel: "tcg", silence: time.Minute}
+			m := machine{kernel: kernel{arch: on}, console: filepath.Join(dir, "console"), accel: "tcg", silence: time.Minute}
 			c := collector{done: func(*outcome) {}}
 			err := m.run(context.Background(), func(e guest.Event) {
 				if test.name == "hang" {

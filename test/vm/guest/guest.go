@@ -8,8 +8,6 @@ import "time"
 const (
 	// OrderFile is where the init finds its Order, as JSON.
 	OrderFile = "/order.json"
-	// Port is where it writes Events, one line of JSON each.
-	Port = "/dev/ttyS1"
 	// Source is where the files of the repository are.
 	Source = "/rpsel"
 	// Built is where the programs are that tests would build with the go
@@ -19,6 +17,7 @@ const (
 
 // Order is all that a machine does before it ends.
 type Order struct {
+	Port    string   // where it writes Events, one line of JSON each
 	Modules []string // files of kernel modules, in the order to load them
 	Env     []string // of the runs
 	Runs    []Run

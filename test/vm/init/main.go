@@ -23,12 +23,17 @@ func main() {
 	// An init that ends makes the kernel panic.
 	defer unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) // qemu takes this for its end
 	mounted := mount()
-	r, err := newReporter()
+	o, err := order()
 	if err != nil {
 		fmt.Println("init:", err)
 		return
 	}
-	if err := errors.Join(mounted, work(r)); err != nil {
+	r, err := newReporter(o.Port)
+	if err != nil {
+		fmt.Println("init:", err)
+		return
+	}
+	if err := errors.Join(mounted, work(r, o)); err != nil {
 		r.tell(guest.Event{Broken: err.Error()})
 	}
 	r.tell(guest.Event{Done: true})
@@ -62,20 +67,23 @@ func mount() (err error) {
 	return err
 }
 
-func work(r *reporter) error {
+func order() (o guest.Order, err error) {
+	text, err := os.ReadFile(guest.OrderFile)
+	if err != nil {
+		return o, err
+	}
+	if err := json.Unmarshal(text, &o); err != nil {
+		return o, fmt.Errorf("%s: %w", guest.OrderFile, err)
+	}
+	return o, nil
+}
+
+func work(r *reporter, o guest.Order) error {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return os.NewSyscallError("uname", err)
 	}
 	r.tell(guest.Event{Kernel: unix.ByteSliceToString(name.Release[:])})
-	text, err := os.ReadFile(guest.OrderFile)
-	if err != nil {
-		return err
-	}
-	var o guest.Order
-	if err := json.Unmarshal(text, &o); err != nil {
-		return fmt.Errorf("%s: %w", guest.OrderFile, err)
-	}
 	// Whatever needs more memory than there is shall fail with a word about it,
 	// not some process that happens to be killed.
 	if err := os.WriteFile("/proc/sys/vm/panic_on_oom", []byte("1"), 0); err != nil {
@@ -178,8 +186,8 @@ type reporter struct {
 	port *os.File
 }
 
-func newReporter() (*reporter, error) {
-	port, err := os.OpenFile(guest.Port, os.O_WRONLY|unix.O_NOCTTY, 0)
+func newReporter(path string) (*reporter, error) {
+	port, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, err
 	}
