@@ -77,15 +77,13 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometh
 
 # What rpsel itself is not to depend on is in modules of their own.
 MODULES := . examples/quic packaging test/kubernetes
-# Tests wait for the kernel half of the time: one package per CPU is too few.
-AT_ONCE := -p $$((2 * $$(nproc)))
-TESTS    = for m in $(MODULES); do $(GO) test -C $$m $(AT_ONCE) -count=1 -timeout=30m ./...; done; $(RACES)
+TESTS    = for m in $(MODULES); do $(GO) test -C $$m -count=1 -timeout=30m ./...; done; $(RACES)
 
 # The race detector sees no BPF: it is for the packages with goroutines, and of the others
 # for the tests that use a handle from several at once, or a command that has some.
 WITH_GOROUTINES := ./agent ./internal/daemon ./internal/door ./internal/metrics ./internal/owner ./internal/watch ./sockets
 CONCURRENT      := '^Test(AtTheSameTime|HandleFollowsUnderWay|Scripts)$$/^events$$'
-RACE  := CGO_ENABLED=1 $(GO) test $(AT_ONCE) -race -count=1 -timeout=10m
+RACE  := CGO_ENABLED=1 $(GO) test -race -count=1 -timeout=10m
 RACES := $(RACE) $(WITH_GOROUTINES); $(RACE) -run $(CONCURRENT) ./loader ./cmd/rpsel
 
 # A mirror of Debian, where this machine's package sources have none.
