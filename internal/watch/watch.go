@@ -88,10 +88,11 @@ func Open(cgroupDir string) (*Watcher, error) {
 
 // loadError translates what the BPF library makes of a kernel's refusal.
 func loadError(err error) error {
-	// Without CAP_PERFMON the verifier does not know some helpers.
+	// Without CAP_PERFMON the verifier does not know some helpers, or (6.1) refuses to
+	// let the program spill what it takes for pointers: EINVAL or EACCES.
 	needs := []capability.Capability{capability.BPF, capability.Perfmon, capability.NetAdmin}
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EINVAL) && len(capability.Missing(needs...)) > 0:
+	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
 		return capability.Denied("load watch programs", needs...)
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load watch programs: %w: %v (Linux 5.14 or later is needed)", sockets.ErrUnsupported, err)
