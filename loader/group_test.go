@@ -91,6 +91,14 @@ func status(t *testing.T, g *loader.Group) loader.Status {
 	return s
 }
 
+// quarter is how many flows a short run has.
+func quarter(flows int) int {
+	if testing.Short() {
+		return flows / 4
+	}
+	return flows
+}
+
 // sizes are how many listeners a group has.
 func sizes() []int {
 	if testing.Short() {
@@ -216,7 +224,7 @@ func TestOrphansAreSpread(t *testing.T) {
 	for i, n := range some([]int{2, 3, 4, 8}) {
 		c := cases[1+i] // each once
 		t.Run(fmt.Sprintf("%s from %s, %d", c.listen, c.remote, n), func(t *testing.T) {
-			const flows = 20000
+			flows := quarter(20000)
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, n, testnet.ServerOptions{Network: c.network, Addr: c.listen, ReusePort: true})
 			clients := testnet.NewClients(t, ns, flows, c.remote)
@@ -261,7 +269,7 @@ func TestManyDie(t *testing.T) {
 		}
 		at := cases[i]
 		t.Run(fmt.Sprintf("%d of %d, %s from %s", c.dead, c.n, at.listen, at.remote), func(t *testing.T) {
-			const flows = 24000
+			flows := quarter(24000)
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			servers := testnet.StartGroup(t, ns, c.n, testnet.ServerOptions{Network: at.network, Addr: at.listen, ReusePort: true})
 			tracked := testnet.NewClients(t, ns, flows, at.remote)
@@ -280,13 +288,13 @@ func TestManyDie(t *testing.T) {
 			even := func(what string, shares map[string]int) {
 				t.Helper()
 				// Those on entries of the dead are drawn by the entry.
-				p, together := 1/float64(c.n-c.dead), 1+flows*float64(c.dead)/float64(c.n)/float64(maps.TableSize(c.n))
+				p, together := 1/float64(c.n-c.dead), 1+float64(flows*c.dead)/float64(c.n)/float64(maps.TableSize(c.n))
 				if len(shares) != c.n-c.dead {
 					t.Errorf("%s: went to %d of %d survivors", what, len(shares), c.n-c.dead)
 				}
 				for name, got := range shares {
-					if off := math.Abs(float64(got) - flows*p); off > chance(flows, p, together) {
-						t.Errorf("%s: %s has %d, even would be %.0f", what, name, got, flows*p)
+					if off := math.Abs(float64(got) - float64(flows)*p); off > chance(flows, p, together) {
+						t.Errorf("%s: %s has %d, even would be %.0f", what, name, got, float64(flows)*p)
 					}
 				}
 			}
