@@ -33,7 +33,7 @@ func loadsMatch(t *testing.T, g *loader.Group) {
 // The share of each listener in 10 000 new flows. The table of all of them is in
 // the log.
 func TestShares(t *testing.T) {
-	const flows = 10000
+	flows := quarter(10000)
 	table := fmt.Sprintf("%-8s %-18s %-20s %-20s %s\n", "POLICY", "LISTENERS", "FLOWS", "DUE", "OFF BY AT MOST")
 	for _, c := range []struct {
 		name    string
@@ -79,7 +79,7 @@ func TestShares(t *testing.T) {
 					got[i] = shares[name]
 					due := float64(flows-c.late) * float64(c.weights[i]) / float64(total)
 					if policy == loader.PolicyLeast {
-						due = flows * float64(c.weights[i]) / float64(total) // it catches up
+						due = float64(flows) * float64(c.weights[i]) / float64(total) // it catches up
 					} else if i < early {
 						due += float64(c.late) / float64(early)
 					}
@@ -88,7 +88,7 @@ func TestShares(t *testing.T) {
 					off = max(off, missed/due)
 					allowed := due / 100
 					if policy != loader.PolicyLeast && policy != loader.PolicyRR {
-						allowed += chance(flows, due/flows, 1) // it is drawn, and a row is rounded
+						allowed += chance(flows, due/float64(flows), 1) // it is drawn, and a row is rounded
 					}
 					if missed > allowed {
 						t.Errorf("%s has %d flows, due are %.0f", name, got[i], due)
