@@ -131,7 +131,7 @@ const (
 
 // frame makes one, with tags.
 func frame(to netlink.Link, packet []byte, tags ...tag) []byte {
-	f := append([]byte(to.Attrs().HardwareAddr), 2, 0, 0, 0, 0, 1)
+	f := slices.Concat(to.Attrs().HardwareAddr, []byte{2, 0, 0, 0, 0, 1})
 	for _, tag := range tags {
 		f = binary.BigEndian.AppendUint16(f, tag.protocol)
 		f = binary.BigEndian.AppendUint16(f, 5<<13|tag.id)
@@ -279,7 +279,7 @@ func cutByXDP(t testing.TB, _ *world) (sender, error) {
 	t.Cleanup(func() { l.Close() })
 	return func(packet []byte) error {
 		// 0x88b5 is for experiments (IEEE 802).
-		cut := append(append([]byte(dev.link.Attrs().HardwareAddr), 2, 0, 0, 0, 0, 2, 0x88, 0xb5), make([]byte, outer-14)...)
+		cut := slices.Concat(dev.link.Attrs().HardwareAddr, []byte{2, 0, 0, 0, 0, 2, 0x88, 0xb5}, make([]byte, outer-14))
 		_, err := dev.file.Write(append(cut, frame(dev.link, packet)...))
 		return err
 	}, nil
