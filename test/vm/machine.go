@@ -26,16 +26,18 @@ type machine struct {
 	silence time.Duration // longer than this without an event, and it hangs
 }
 
-// args are those of the kernel's command line for an emulated machine. While
-// this one is busy that gets no time: the kernel would take its processors for
-// hanging. Silence is what tells, and the time limit of the
-// tests.
+// args are the kernel's command line.
 func (m *machine) args() string {
-	if m.accel == "kvm" {
-		return ""
-	}
 	a := m.kernel.arch
-	return " rcupdate.rcu_cpu_stall_timeout=300 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=600 " + a.args + " " + m.kernel.args[a.name]
+	// A kernel in trouble restarts, which -no-reboot makes the end. One that gets no time,
+	// because the host has other things to do, is in none: it would take its processors for
+	// hanging. Silence is what tells, and the time limit of the tests.
+	args := "console=" + a.console + " rdinit=/init panic=-1 oops=panic loglevel=5" +
+		" rcupdate.rcu_cpu_stall_timeout=300 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=600"
+	if m.accel == "tcg" {
+		args += " " + a.args + " " + m.kernel.args[a.name]
+	}
+	return args
 }
 
 // errSilent: the machine has not said a word, so it has done nothing.
@@ -54,9 +56,7 @@ func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 		// The console and, undisturbed by it, the events.
 		"-serial", "file:" + m.console, "-chardev", "stdio,id=events,signal=off",
 		"-kernel", m.kernel.image, "-initrd", m.image,
-		// A kernel in trouble restarts, which -no-reboot makes the end. One that is not
-		// run for a while, because the host has other things to do, is in none.
-		"-append", "console=" + a.console + " rdinit=/init panic=-1 oops=panic loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=240" + m.args(),
+		"-append", m.args(),
 	}
 	cmd := exec.CommandContext(ctx, a.qemu, append(args, a.port...)...)
 	var said bytes.Buffer
