@@ -47,7 +47,8 @@ func document(path string, results []*result, p plan, day time.Time) error {
 Written by %smake vm%s on %s: the tests of this repository (set "%s") under kernels of Debian's, in machines with two
 processors and 2 GiB, with a static init and nothing else. A test that fails or cannot run there, a panic, a hang and a complaint of
 the kernel's make the result FAILED. Emulated processors run short tests: as many, of which some have fewer cases
-(each mark at which commands are killed once, instead of in every command that comes to it; capabilities as one user, instead of two).
+(each mark at which commands are killed once, instead of in every command that comes to it; capabilities as one user, instead of two;
+addresses of two kinds, instead of five; fewer listeners, and a flood of a tenth).
 An arm64 machine that is emulated on x86 has x86's order of loads and stores, not its own weaker one.
 
 `, "`", "`", day.Format(time.DateOnly), p.set)
