@@ -57,7 +57,11 @@ var (
 func NewWire(t testing.TB, ns *NetNS) *Wire {
 	t.Helper()
 	w := &Wire{t: t, calls: map[netip.AddrPort]*Call{}}
-	must(t, ns.Do(w.open))
+	err := ns.Do(w.open)
+	if u, lacks := errors.AsType[*Unavailable](err); lacks {
+		u.Skip(t)
+	}
+	must(t, err)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
