@@ -11,11 +11,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/rpsel/rpsel/test/vm/guest"
 )
+
+// memory is what a machine has, in MiB.
+const memory = 2048
 
 // machine is one boot of one kernel.
 type machine struct {
@@ -50,7 +54,7 @@ func (m *machine) run(ctx context.Context, on func(guest.Event)) error {
 	defer kill(nil)
 	a := m.kernel.arch
 	args := []string{
-		"-machine", a.machine + ",accel=" + m.accel, "-cpu", a.cpu[m.accel], "-smp", "2", "-m", "2048",
+		"-machine", a.machine + ",accel=" + m.accel, "-cpu", a.cpu[m.accel], "-smp", "2", "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-device", "virtio-rng-pci",
 		// The console and, undisturbed by it, the events.

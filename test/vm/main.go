@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/test/vm/guest"
 )
@@ -96,8 +98,7 @@ func run(ctx context.Context, args []string) error {
 		}
 	}
 	results := make([]*result, len(kernels))
-	// A machine is at one test most of the time, which is mostly one processor's work.
-	atOnce := make(chan struct{}, runtime.NumCPU())
+	atOnce := make(chan struct{}, room())
 	var running sync.WaitGroup
 	for i, k := range kernels {
 		atOnce <- struct{}{}
@@ -119,6 +120,17 @@ func run(ctx context.Context, args []string) error {
 		return errors.New("failed")
 	}
 	return nil
+}
+
+// room is how many machines run at a time. Each is at one test most of the time, which is
+// mostly one processor's work, and has its memory to itself; half as much is for the rest.
+func room() int {
+	var host unix.Sysinfo_t
+	if err := unix.Sysinfo(&host); err != nil {
+		return 1
+	}
+	total := uint64(host.Totalram) * uint64(host.Unit) >> 20
+	return max(min(runtime.NumCPU(), int(total/(memory*3/2))), 1)
 }
 
 // test runs the tests under one kernel.
