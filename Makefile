@@ -79,12 +79,13 @@ test: ## all tests on this kernel, with real OpenVPN, HAProxy, nginx and Prometh
 MODULES := . examples/quic packaging test/kubernetes
 TESTS    = for m in $(MODULES); do $(GO) test -C $$m -count=1 -timeout=30m ./...; done; $(RACES)
 
-# The race detector sees no BPF: it is for the packages with goroutines, and of the others
-# for the tests that use a handle from several at once, or a command that has some.
+# The race detector sees no BPF: it is for the packages with goroutines, and where the tests
+# take minutes, for those that use a handle from several at once, or a command that has some.
 WITH_GOROUTINES := ./agent ./internal/daemon ./internal/door ./internal/metrics ./internal/owner ./internal/watch ./sockets
 CONCURRENT      := '^Test(AtTheSameTime|HandleFollowsUnderWay|Scripts)$$/^events$$'
-RACE  := CGO_ENABLED=1 $(GO) test -race -count=1 -timeout=10m
-RACES := $(RACE) $(WITH_GOROUTINES); $(RACE) -run $(CONCURRENT) ./loader ./cmd/rpsel
+RACE  := CGO_ENABLED=1 $(GO) test -race -count=1 -timeout=30m
+RACES := $(RACE) $(WITH_GOROUTINES); $(RACE) -run $(CONCURRENT) ./loader ./cmd/rpsel; \
+         $(RACE) -run '^TestWatch$$' ./internal/force
 
 # A mirror of Debian, where this machine's package sources have none.
 VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
