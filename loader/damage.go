@@ -17,6 +17,12 @@ import (
 // ownSizes are the maps whose size is the group's own.
 var ownSizes = []string{bpf.SelectMapFlows, bpf.SelectMapDetails, bpf.SelectMapPicks, bpf.SelectMapPeers, bpf.SelectMapRows}
 
+// programTypes are what is pinned by each name.
+var programTypes = map[string]ebpf.ProgramType{
+	programPin: ebpf.SkReuseport, "clock": ebpf.SocketFilter, replyPin: ebpf.CGroupSKB,
+	"count": ebpf.Tracing, "opened": ebpf.Tracing, "adopt": ebpf.Tracing,
+}
+
 // maxLayout is a layout that no rpsel will ever come to.
 const maxLayout = 1000
 
@@ -34,9 +40,14 @@ func (p *pinned) fits(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// checkOwn reports whether the pinned maps are the pinned program's, and not those of
-// another group.
+// checkOwn reports whether the pinned programs are of the right types, and the pinned
+// maps the program's, and not those of another group.
 func (p *pinned) checkOwn() error {
+	for name, program := range p.programs() {
+		if is := (*program).Type(); is != programTypes[name] {
+			return fmt.Errorf("%s is a program of type %v: %w", name, is, maps.ErrDamaged)
+		}
+	}
 	info, err := p.RpselSelect.Info()
 	if err != nil {
 		return err

@@ -594,7 +594,7 @@ func openError(key Key, path string, err error) error {
 		return fmt.Errorf("%s: %w: %s is missing: detach it and attach it again", key, ErrIncompatible, name)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("%s: open %s: %w: run as root", key, name, ErrPermission)
-	case errors.As(err, &errno) && errno != unix.ENOTDIR:
+	case errors.As(err, &errno) && errno != unix.ENOTDIR && errno != unix.ELOOP:
 		return fmt.Errorf("%s: open %s: %w", key, name, err)
 	default: // it is something else
 		return fmt.Errorf("%s: %w: open %s: %w: %w", key, ErrIncompatible, name, err, maps.ErrDamaged)

@@ -275,6 +275,10 @@ func TestWrongPins(t *testing.T) {
 			return errors.Join(gone(name), pin(name, &ebpf.MapSpec{Type: m.Type(), KeySize: m.KeySize(), ValueSize: m.ValueSize(), MaxEntries: 1, Flags: m.Flags()}))
 		}},
 		{"another program", some, func(name string) error { return link(name, "clock") }},
+		{"the program", []string{"clock"}, func(name string) error { return link(name, "prog") }},
+		{"a link to itself", some, func(name string) error {
+			return errors.Join(gone(name), os.Symlink(name, filepath.Join(dir, name)))
+		}},
 		{"a directory", some, func(name string) error {
 			return errors.Join(gone(name), os.Mkdir(filepath.Join(dir, name), 0o700))
 		}},
