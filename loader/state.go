@@ -379,10 +379,11 @@ func loadError(what string, err error) error {
 	// Without CAP_PERFMON the verifier refuses to let the program spill what it
 	// takes for pointers, or (6.18) meets a bug of its own: EFAULT.
 	needs := []capability.Capability{capability.BPF, capability.Perfmon}
+	const notCompiled = unix.Errno(524) // ENOTSUPP, of the kernel's compiler for BPF
 	switch {
 	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
 		return capability.Denied("load "+what, needs...)
-	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL):
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL), errors.Is(err, notCompiled):
 		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed, on arm64 5.18: %w", what, ErrUnsupported, err)
 	default:
 		return fmt.Errorf("load %s: %w", what, err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -145,6 +146,10 @@ func (c *checker) try(name, works string, err error) {
 func (c *checker) machine() {
 	kernel, err := newKernel()
 	c.need("Linux 5.14", err == nil && kernel.atLeast(5, 14), exitUnsupported, "%s", kernel.release)
+	if runtime.GOARCH == "arm64" {
+		// Before, the kernel's compiler for BPF had no compare-and-exchange there.
+		c.need("Linux 5.18", kernel.atLeast(5, 18), exitUnsupported, "%s", kernel.release)
+	}
 	_, err = os.Stat("/sys/kernel/btf/vmlinux")
 	c.need("BTF", err == nil, exitUnsupported, "%s", orElse(err, "/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF is off"))
 	c.capabilities()
