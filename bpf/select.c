@@ -274,9 +274,9 @@ ALWAYS_INLINE int same_incarnation(__u32 a, __u32 b)
 /*
  * waiting_at is what the group waits for: existing flows may not have been seen
  * yet, so that flows that look new are left where the kernel had them, or a
- * generation is not complete. User space writes the second first, so it is read
- * last. Cleared for good once over, or the clock's wrap would bring it back after
- * half a year.
+ * generation is not complete. User space writes until when before what, so it is
+ * read after that. Cleared for good once over, or the clock's wrap would bring it
+ * back after half a year.
  */
 ALWAYS_INLINE int waiting_at(struct config *cfg, __u32 now)
 {
