@@ -21,7 +21,7 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
-// DefaultFS is where a bpffs usually is.
+// DefaultFS is where a bpffs usually is: /sys/fs/bpf.
 const DefaultFS = FS(statedir.Usual)
 
 // FS is the mount point of the BPF file system that holds rpsel's state. The
