@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"os/signal"
 	"strings"
@@ -35,8 +36,9 @@ interrupted. With --json each is an object.
 Only one process can read a group's events at a time. While none does they cost
 nothing.
 
-A group whose state cannot be used does not hide the others: it is said on standard
-error. If there are no others it is an error.`,
+A group whose state cannot be used, that somebody else reads, or that is detached
+meanwhile does not hide the others: it is said on standard error. If there are no
+others it is an error.`,
 		Example: `  rpsel events --port 1194
   rpsel events -N all -j`,
 		Args: noArgs,
@@ -66,8 +68,8 @@ error. If there are no others it is an error.`,
 	return cmd
 }
 
-// watchAll prints the events of all groups until the context ends, or one of them
-// cannot be watched.
+// watchAll prints the events of all groups until the context ends. A group that cannot
+// be watched, or no longer, does not hide the others: it is an error if there are none.
 func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJSON bool) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -91,10 +93,21 @@ func watchAll(ctx context.Context, e *env, s *scope, groups []*loader.Group, asJ
 			})
 		}()
 	}
-	var first error // the others say the same of their group
+	var first error
+	failed := 0
 	for range groups {
-		if err := <-results; err != nil && first == nil {
-			first = err
+		err := <-results
+		switch {
+		case err == nil:
+		case unusable(err), errors.Is(err, loader.ErrNotAttached), errors.Is(err, loader.ErrWatched):
+			if failed++; failed == len(groups) {
+				return err
+			}
+			printing.Lock()
+			e.warn("%s", errorText(err, false))
+			printing.Unlock()
+		case first == nil:
+			first = err // the others say the same of their group
 			stop()
 		}
 	}
