@@ -88,7 +88,7 @@ func (fs FS) NetNSes() ([]uint64, error) {
 	}
 	var cookies []uint64
 	for _, e := range entries {
-		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
+		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil && e.IsDir() {
 			cookies = append(cookies, cookie)
 		}
 	}
