@@ -493,6 +493,12 @@ func (fs FS) pinned(key Key) (*pinned, error) {
 		}
 		p, err := openPins(key, dir)
 		if after, statErr := os.Stat(dir); statErr == nil && os.SameFile(before, after) {
+			if err != nil && dir != fs.groupDir(key) {
+				// An upgrade that has just put its state in place removes the old one here.
+				if now, lookErr := fs.inForce(key); lookErr == nil && now != dir {
+					continue
+				}
+			}
 			if p != nil {
 				p.dir = before
 			}
