@@ -513,28 +513,34 @@ func TestNoCapability(t *testing.T) {
 	}
 }
 
+// inThread calls f in a thread that ends with it, and so with what f made of its
+// user and its capabilities.
+func inThread(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good
+		done <- f()
+	}()
+	return <-done
+}
+
 // sysAdminQueries reports whether the kernel takes CAP_SYS_ADMIN for CAP_NET_ADMIN
 // of who asks what is attached to a cgroup. Linux 6.1 does not.
 func sysAdminQueries(t *testing.T, dir *os.File) bool {
 	t.Helper()
-	asked := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: it ends without the capability
+	err := inThread(func() error {
 		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 		var have [2]unix.CapUserData
 		if err := unix.Capget(&header, &have[0]); err != nil {
-			asked <- err
-			return
+			return err
 		}
 		have[0].Effective &^= 1 << unix.CAP_NET_ADMIN
 		if err := unix.Capset(&header, &have[0]); err != nil {
-			asked <- err
-			return
+			return err
 		}
 		_, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: ebpf.AttachCGroupInet4Bind})
-		asked <- err
-	}()
-	err := <-asked
+		return err
+	})
 	// The library takes a refusal for a kernel that does not know the command.
 	if err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, ebpf.ErrNotSupported) {
 		t.Fatal(err)
@@ -549,16 +555,13 @@ const unmounted = "attach, where no bpffs is mounted"
 func ownMount(t *testing.T, uid int) bool {
 	t.Helper()
 	dir := testnet.RunDir(t)
-	mounted := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: it ends with its user
+	err := inThread(func() error {
 		if _, err := unix.SetfsuidRetUid(uid); err != nil {
-			mounted <- err
-			return
+			return err
 		}
-		mounted <- unix.Mount("bpf", dir, "bpf", 0, "")
-	}()
-	if err := <-mounted; err != nil {
+		return unix.Mount("bpf", dir, "bpf", 0, "")
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	info, err := os.Stat(dir)
