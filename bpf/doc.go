@@ -1,7 +1,5 @@
 // Package bpf holds rpsel's BPF programs: the C sources and what bpf2go makes
-// of them.
-//
-// Only loader and sockets use it. Run "make generate" after a change to the C.
+// of them. Run "make generate" after a change to the C.
 package bpf
 
 // AdoptProgram names the program that sockets.Adopt attaches for a moment. One that

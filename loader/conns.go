@@ -60,7 +60,7 @@ func count(key Key, on map[string]*ebpf.Map) (_ counting, err error) {
 		}
 	}
 	if err := spec.LoadAndAssign(&c, &ebpf.CollectionOptions{MapReplacements: on}); err != nil {
-		err = loadError("the programs that count connections", err)
+		err = bpf.Refused("the programs that count connections", err)
 		var refused *ebpf.VerifierError
 		if !errors.Is(err, ErrPermission) && !errors.Is(err, ErrUnsupported) && errors.As(err, &refused) {
 			err = fmt.Errorf("%w: %w", ErrUnsupported, err)

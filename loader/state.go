@@ -247,7 +247,7 @@ func load(c constants, keep map[string]*ebpf.Map) (_ *state, err error) {
 		*bpf.SelectMaps
 	}{&s.SelectPrograms, &s.SelectMaps}, o)
 	if err != nil {
-		return nil, loadError("the selection program", err)
+		return nil, bpf.Refused("the selection program", err)
 	}
 	if !s.replies {
 		s.RpselReply.Close()
@@ -371,23 +371,6 @@ func create(key Key, members int, o Options) (_ *state, err error) {
 	s.config.SetLimits(maps.Limits{New: seconds(o.IdleNew), Established: seconds(o.Idle)})
 	s.setOwner(o)
 	return s, s.settle(now, o.Settle)
-}
-
-// loadError says what a refusal to load something means. Without CAP_BPF the library
-// speaks of MEMLOCK.
-func loadError(what string, err error) error {
-	// Without CAP_PERFMON the verifier refuses to let the program spill what it
-	// takes for pointers, or (6.18) meets a bug of its own: EFAULT.
-	needs := []capability.Capability{capability.BPF, capability.Perfmon}
-	const notCompiled = unix.Errno(524) // ENOTSUPP, of the kernel's compiler for BPF
-	switch {
-	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
-		return capability.Denied("load "+what, needs...)
-	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL), errors.Is(err, notCompiled):
-		return fmt.Errorf("load %s: %w: Linux 5.14 or later is needed, on arm64 5.18: %w", what, ErrUnsupported, err)
-	default:
-		return fmt.Errorf("load %s: %w", what, err)
-	}
 }
 
 // pinAside pins the state under a name that says nothing yet. It returns the

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/capability"
 )
 
@@ -16,7 +17,7 @@ var (
 	// ErrPermission: a capability is missing. The message names it.
 	ErrPermission = capability.ErrPermission
 	// ErrUnsupported: the kernel lacks a feature. The message names it.
-	ErrUnsupported = errors.New("not supported by this kernel")
+	ErrUnsupported = bpf.ErrUnsupported
 	// ErrGone: the process, its descriptor or the socket behind it is no
 	// longer the one that was found. Find again.
 	ErrGone = errors.New("socket is gone")

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
-	"github.com/rpsel/rpsel/internal/capability"
 	"github.com/rpsel/rpsel/internal/comm"
 	"github.com/rpsel/rpsel/internal/iterator"
 )
@@ -333,19 +332,13 @@ func (f *finder) close() {
 	f.link, f.objects = nil, bpf.FindObjects{}
 }
 
-// loadError translates what the BPF library makes of a kernel's refusal.
-// Without CAP_BPF that speaks of MEMLOCK.
+// loadError says what the refusal to load an iterator means.
 func loadError(err error) error {
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && len(capability.Missing(capability.BPF, capability.Perfmon)) > 0 {
-		return capability.Denied("load iterator", capability.BPF, capability.Perfmon)
-	}
-	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); errors.Is(statErr, os.ErrNotExist) {
+	err = bpf.Refused("iterator", err)
+	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); errors.Is(statErr, os.ErrNotExist) && !errors.Is(err, ErrPermission) {
 		return fmt.Errorf("load iterator: %w: it has no BTF in /sys/kernel/btf (CONFIG_DEBUG_INFO_BTF)", ErrUnsupported)
 	}
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		return fmt.Errorf("load iterator: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
-	}
-	return fmt.Errorf("load iterator: %w", err)
+	return err
 }
 
 // The flags of bpf/find.c.

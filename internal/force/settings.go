@@ -199,19 +199,10 @@ func (s Settings) spec() (*ebpf.CollectionSpec, error) {
 
 // loadInto loads what the struct asks for.
 func loadInto(spec *ebpf.CollectionSpec, objects any) error {
-	err := spec.LoadAndAssign(objects, nil)
-	// Without CAP_PERFMON the verifier does not know some helpers, or (6.1) refuses to
-	// let the program spill what it takes for pointers: EINVAL or EACCES.
-	needs := []capability.Capability{capability.BPF, capability.Perfmon, capability.NetAdmin}
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
-		return capability.Denied("load bind programs", needs...)
-	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("load bind programs: %w: %v (Linux 5.14 or later is needed)", ErrUnsupported, err)
+	if err := spec.LoadAndAssign(objects, nil); err != nil {
+		return bpf.Refused("bind programs", err, capability.NetAdmin)
 	}
-	return fmt.Errorf("load bind programs: %w", err)
+	return nil
 }
 
 // value is what the programs know a Switch by.

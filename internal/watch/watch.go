@@ -10,7 +10,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
-	"golang.org/x/sys/unix"
 
 	"github.com/rpsel/rpsel/bpf"
 	"github.com/rpsel/rpsel/internal/capability"
@@ -72,7 +71,7 @@ func Open(cgroupDir string) (*Watcher, error) {
 	w := &Watcher{ports: map[Port]bool{}}
 	w.closing, w.close = context.WithCancel(context.Background())
 	if err := bpf.LoadWatchObjects(&w.objects, nil); err != nil {
-		return nil, loadError(err)
+		return nil, bpf.Refused("watch programs", err, capability.NetAdmin)
 	}
 	w.links, err = dir.Link([]cgroup.Program{
 		{Program: w.objects.RpselWatch4, Hook: ebpf.AttachCGroupInet4PostBind},
@@ -84,20 +83,6 @@ func Open(cgroupDir string) (*Watcher, error) {
 		return nil, fmt.Errorf("watch: %w", err)
 	}
 	return w, nil
-}
-
-// loadError translates what the BPF library makes of a kernel's refusal.
-func loadError(err error) error {
-	// Without CAP_PERFMON the verifier does not know some helpers, or (6.1) refuses to
-	// let the program spill what it takes for pointers: EINVAL or EACCES.
-	needs := []capability.Capability{capability.BPF, capability.Perfmon, capability.NetAdmin}
-	switch {
-	case errors.Is(err, unix.EPERM), len(capability.Missing(needs...)) > 0:
-		return capability.Denied("load watch programs", needs...)
-	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("load watch programs: %w: %v (Linux 5.14 or later is needed)", sockets.ErrUnsupported, err)
-	}
-	return fmt.Errorf("load watch programs: %w", err)
 }
 
 // SetPorts says which listeners are reported, instead of what was said before.
