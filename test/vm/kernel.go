@@ -50,9 +50,6 @@ type kernel struct {
 	programs string // the directory with those of its machine
 }
 
-// label tells kernels of one run from each other.
-func (k kernel) label() string { return k.name + " " + k.arch.name }
-
 // claim keeps others out of the cache until what it returns is closed.
 func claim(cache string) (io.Closer, error) {
 	dir, err := os.Open(cache)
@@ -76,23 +73,21 @@ type store struct {
 	patience      time.Duration // the mirror may take so long for a kernel, or for the programs
 }
 
-// kernels takes those of all the architectures, and programs for them, from the
-// cache, or else from the mirror.
-func (s store) kernels(ctx context.Context, chosen []release, on []arch) (kernels []kernel, err error) {
-	for _, a := range on {
-		programs, err := s.programs(ctx, a)
+// kernels takes those that were chosen, and programs for them, from the cache,
+// or else from the mirror.
+func (s store) kernels(ctx context.Context, chosen []release, on arch) (kernels []kernel, err error) {
+	programs, err := s.programs(ctx, on)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range chosen {
+		fmt.Printf("vm: kernel %s (%s, %s)\n", r.name, r.suite, on.name)
+		k, err := s.kernel(ctx, r, on)
 		if err != nil {
 			return nil, err
 		}
-		for _, r := range chosen {
-			fmt.Printf("vm: kernel %s (%s, %s)\n", r.name, r.suite, a.name)
-			k, err := s.kernel(ctx, r, a)
-			if err != nil {
-				return nil, err
-			}
-			k.programs = programs
-			kernels = append(kernels, k)
-		}
+		k.programs = programs
+		kernels = append(kernels, k)
 	}
 	return kernels, nil
 }

@@ -140,24 +140,30 @@ func (m *machine) complaint() string {
 
 // boot makes the machine of a kernel in dir and runs it: emulated, if it does
 // not start otherwise, and once more if it does not start at all.
-func boot(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, on func(guest.Event)) (*machine, error) {
+func boot(ctx context.Context, b built, k kernel, dir, source string, order func(emulated bool) guest.Order, silence time.Duration, on func(guest.Event)) (*machine, error) {
 	m := &machine{
-		kernel: k, image: filepath.Join(dir, "image-"+k.name+"-"+k.arch.name), silence: silence,
-		console: filepath.Join(dir, "console-"+k.name+"-"+k.arch.name+".log"),
-	}
-	f, err := os.Create(m.image)
-	if err != nil {
-		return m, err
+		kernel: k, image: filepath.Join(dir, "image-"+k.name), silence: silence,
+		console: filepath.Join(dir, "console-"+k.name+".log"),
 	}
 	defer os.Remove(m.image)
-	buffered := bufio.NewWriterSize(f, 1<<20)
-	if err := errors.Join(b.image(ctx, buffered, k, source, o), buffered.Flush(), f.Close()); err != nil {
-		return m, err
-	}
+	var err error
 	for _, m.accel = range k.arch.accelerators() {
+		if err = m.write(ctx, b, source, order(m.accel == "tcg")); err != nil {
+			break
+		}
 		if err = m.run(ctx, on); !errors.Is(err, errSilent) {
 			break
 		}
 	}
 	return m, err
+}
+
+// write makes the machine's file system.
+func (m *machine) write(ctx context.Context, b built, source string, o guest.Order) error {
+	f, err := os.Create(m.image)
+	if err != nil {
+		return err
+	}
+	buffered := bufio.NewWriterSize(f, 1<<20)
+	return errors.Join(b.image(ctx, buffered, m.kernel, source, o), buffered.Flush(), f.Close())
 }

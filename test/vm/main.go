@@ -39,7 +39,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("vm", flag.ExitOnError)
 	names := flags.String("kernels", "", "`LIST` of kernels, as in \"6.1 6.12\"; all that are supported if empty")
-	archNames := flags.String("arches", runtime.GOARCH, "`LIST` of architectures, as in \"amd64 arm64\"")
+	archName := flags.String("arch", runtime.GOARCH, "amd64 or arm64, which is emulated on the other")
 	set := flags.String("set", "all", "which tests: all, or ci, which takes a few minutes")
 	only := flags.String("package", "", "the tests of these `PACKAGES` only, as in \"loader ./sockets\"")
 	pattern := flags.String("run", "", "only tests that match this regular expression")
@@ -60,7 +60,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	on, err := choose("architecture", *archNames, arches, func(a arch) []string { return []string{a.name} })
+	on, err := chooseArch(*archName)
 	if err != nil {
 		return err
 	}
@@ -90,12 +90,10 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	ready := map[string]built{} // by architecture
-	for _, a := range on {
-		fmt.Println("vm: compile the tests for", a.name)
-		if ready[a.name], err = build(ctx, filepath.Join(dir, a.name), a, plan.packages(chosen)); err != nil {
-			return err
-		}
+	fmt.Println("vm: compile the tests for", on.name)
+	ready, err := build(ctx, filepath.Join(dir, on.name), on, plan.packages(chosen))
+	if err != nil {
+		return err
 	}
 	results := make([]*result, len(kernels))
 	atOnce := make(chan struct{}, room())
@@ -104,15 +102,13 @@ func run(ctx context.Context, args []string) error {
 		atOnce <- struct{}{}
 		running.Go(func() {
 			defer func() { <-atOnce }()
-			b := ready[k.arch.name]
-			emulated := k.arch.accelerators()[0] == "tcg"
-			results[i] = test(ctx, b, k, dir, source, plan.order(k.release, b.tests, emulated), *silence, *verbose)
+			results[i] = test(ctx, ready, k, dir, source, plan, *silence, *verbose)
 		})
 	}
 	running.Wait()
 	summary(os.Stdout, results)
 	if *docs != "" && *only == "" && *pattern == "" {
-		if err := document(*docs, results, plan, time.Now()); err != nil {
+		if err := document(*docs, on, results, plan, time.Now()); err != nil {
 			return err
 		}
 	}
@@ -134,20 +130,21 @@ func room() int {
 }
 
 // test runs the tests under one kernel.
-func test(ctx context.Context, b built, k kernel, dir, source string, o guest.Order, silence time.Duration, verbose bool) *result {
+func test(ctx context.Context, b built, k kernel, dir, source string, p plan, silence time.Duration, verbose bool) *result {
 	c := &collector{result: result{kernel: k}, verbose: verbose, done: func(o *outcome) {
 		said := ""
 		if !o.ok() && !verbose {
 			said = strings.Join(o.said, "")
 		}
-		fmt.Printf("vm: %-12s %s\n%s", k.label(), o, said)
+		fmt.Printf("vm: %-6s %s\n%s", k.name, o, said)
 	}}
+	order := func(emulated bool) guest.Order { return p.order(k.release, b.tests, emulated) }
 	began := time.Now()
-	m, err := boot(ctx, b, k, dir, source, o, silence, c.on)
+	m, err := boot(ctx, b, k, dir, source, order, silence, c.on)
 	r := c.ended(err, m.complaint())
 	r.took, r.accel = time.Since(began), m.accel
 	if r.problem != "" {
-		fmt.Printf("vm: %-12s %s\n", k.label(), r.problem)
+		fmt.Printf("vm: %-6s %s\n", k.name, r.problem)
 	}
 	return r
 }
@@ -158,23 +155,27 @@ func chooseReleases(names string) ([]release, error) {
 	if strings.TrimSpace(names) == "" {
 		return slices.DeleteFunc(slices.Clone(releases), func(r release) bool { return r.ahead }), nil
 	}
-	return choose("kernel", names, releases, func(r release) []string { return []string{r.name, r.suite} })
-}
-
-// choose finds what is known by names.
-func choose[T any](what, names string, from []T, known func(T) []string) (chosen []T, err error) {
+	var chosen []release
 	for _, name := range strings.Fields(strings.ReplaceAll(names, ",", " ")) {
-		i := slices.IndexFunc(from, func(t T) bool { return slices.Contains(known(t), name) })
+		i := slices.IndexFunc(releases, func(r release) bool { return r.name == name || r.suite == name })
 		if i < 0 {
 			var all []string
-			for _, t := range from {
-				all = append(all, known(t)[0])
+			for _, r := range releases {
+				all = append(all, r.name)
 			}
-			return nil, fmt.Errorf("%s %q: use one of %s", what, name, strings.Join(all, ", "))
+			return nil, fmt.Errorf("kernel %q: use one of %s", name, strings.Join(all, ", "))
 		}
-		chosen = append(chosen, from[i])
+		chosen = append(chosen, releases[i])
 	}
 	return chosen, nil
+}
+
+func chooseArch(name string) (arch, error) {
+	i := slices.IndexFunc(arches, func(a arch) bool { return a.name == name })
+	if i < 0 {
+		return arch{}, fmt.Errorf("architecture %q: use amd64 or arm64", name)
+	}
+	return arches[i], nil
 }
 
 // environment of the tests. A test that has nothing to skip for has CI.

@@ -18,7 +18,7 @@ func summary(w io.Writer, results []*result) {
 	for _, r := range results {
 		passed, failed, skipped := r.sum()
 		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%v\t%s\t\n",
-			r.label(), r.booted, len(r.names()), passed, failed, skipped, r.took.Round(time.Second), r.word())
+			r.name, r.booted, len(r.names()), passed, failed, skipped, r.took.Round(time.Second), r.word())
 	}
 	t.Flush()
 }
@@ -39,19 +39,19 @@ func (r *result) word() string {
 	return "FAILED"
 }
 
-// document writes what came out as docs/kernels.md.
-func document(path string, results []*result, p plan, day time.Time) error {
+// document writes what came out as a page of docs/.
+func document(path string, on arch, results []*result, p plan, day time.Time) error {
 	var s strings.Builder
-	fmt.Fprintf(&s, `# Kernels
+	fmt.Fprintf(&s, `# Kernels, %s
 
 Written by %smake vm%s on %s: the tests of this repository (set "%s") under kernels of Debian's, in machines with two
 processors and 2 GiB, with a static init and nothing else. A test that fails or cannot run there, a panic, a hang and a complaint of
 the kernel's make the result FAILED. Emulated processors run short tests: as many, of which some have fewer cases
 (each mark at which commands are killed once, instead of in every command that comes to it; capabilities as one user, instead of two;
-addresses of two kinds, instead of five; fewer listeners, and a flood of a tenth).
-An arm64 machine that is emulated on x86 has x86's order of loads and stores, not its own weaker one.
+addresses of two kinds, instead of five; fewer listeners, and a flood of a tenth). An arm64 machine that is emulated on x86 has
+x86's order of loads and stores, not its own weaker one.
 
-`, "`", "`", day.Format(time.DateOnly), p.set)
+`, on.name, "`", "`", day.Format(time.DateOnly), p.set)
 	row := func(cells ...string) { fmt.Fprintf(&s, "| %s |\n", strings.Join(cells, " | ")) }
 	rule := func(columns int) { fmt.Fprintf(&s, "%s|\n", strings.Repeat("|---", columns)) }
 
@@ -59,14 +59,14 @@ An arm64 machine that is emulated on x86 has x86's order of loads and stores, no
 	rule(9)
 	for _, r := range results {
 		passed, failed, skipped := r.sum()
-		row(r.label(), r.booted, r.suite, fmt.Sprint(passed), fmt.Sprint(failed), fmt.Sprint(skipped),
+		row(r.name, r.booted, r.suite, fmt.Sprint(passed), fmt.Sprint(failed), fmt.Sprint(skipped),
 			r.took.Round(time.Second).String(), map[string]string{"kvm": "KVM", "tcg": "emulated"}[r.accel], r.word())
 	}
 
 	s.WriteString("\nTests that passed, by package:\n\n")
 	columns := []string{"package"}
 	for _, r := range results {
-		columns = append(columns, r.label())
+		columns = append(columns, r.name)
 	}
 	row(columns...)
 	rule(len(columns))
@@ -116,12 +116,12 @@ An arm64 machine that is emulated on x86 has x86's order of loads and stores, no
 	for _, r := range results {
 		for _, o := range r.packages {
 			if !o.ok() {
-				fmt.Fprintf(&s, "- %s, %q: %s\n", r.label(), o.name, strings.TrimSpace(strings.Join(o.fails, ", ")+" "+o.problem))
+				fmt.Fprintf(&s, "- %s, %q: %s\n", r.name, o.name, strings.TrimSpace(strings.Join(o.fails, ", ")+" "+o.problem))
 			}
 		}
 		if r.problem != "" {
 			first, _, _ := strings.Cut(r.problem, "\n")
-			fmt.Fprintf(&s, "- %s: %s\n", r.label(), first)
+			fmt.Fprintf(&s, "- %s: %s\n", r.name, first)
 		}
 	}
 	if !slices.ContainsFunc(results, func(r *result) bool { return !r.ok() }) {
