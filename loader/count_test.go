@@ -77,7 +77,7 @@ func (c counted) check(when string, want loader.Counters, bytes uint64) {
 	}
 	want.Runs = got.Runs
 	if diff := cmp.Diff(want, got); diff != "" {
-		c.t.Errorf("%s: %s", when, diff)
+		c.t.Errorf("%s: %s\nthe kernel counted %v", when, diff, c.ns.Counts(c.t))
 	}
 	want.Runs, want.Fallback, want.ParseError, want.TableFull, want.Evicted = 0, 0, 0, 0, 0
 	if sum != want {

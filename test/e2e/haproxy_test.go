@@ -127,8 +127,9 @@ func TestHAProxyReload(t *testing.T) {
 			}
 			load.settle(t)
 			t.Log(load.row(fmt.Sprint("rpsel, ", n, " reloads")), "; ", migrated, " migrated")
+			counts := ns.Counts(t)
 			t.Logf("by the kernel's count %d were moved and %d could not be; servers reset %d that they had accepted",
-				kernelCount(t, ns, "TCPMigrateReqSuccess"), kernelCount(t, ns, "TCPMigrateReqFailure"), kernelCount(t, ns, "TCPAbortOnClose"))
+				counts["TcpExtTCPMigrateReqSuccess"], counts["TcpExtTCPMigrateReqFailure"], counts["TcpExtTCPAbortOnClose"])
 			if migrated < enough {
 				t.Errorf("%d connections waited in closing listeners in %d reloads", migrated, n)
 			}

@@ -7,9 +7,7 @@ import (
 	"io"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -127,31 +125,6 @@ func (l *load) row(what string) string {
 		line += fmt.Sprintf("; %d %s", l.failed[kind], kind)
 	}
 	return line
-}
-
-// kernelCount reads a counter of TCP in a namespace, by its name in nstat(8).
-func kernelCount(t testing.TB, ns *testnet.NetNS, name string) int {
-	t.Helper()
-	var text []byte
-	if err := ns.Do(func() (err error) {
-		text, err = os.ReadFile("/proc/thread-self/net/netstat")
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Split(string(text), "\n")
-	for i := 0; i+1 < len(lines); i += 2 { // a line of names, and one of numbers
-		names, numbers := strings.Fields(lines[i]), strings.Fields(lines[i+1])
-		if at := slices.Index(names, name); at > 0 {
-			n, err := strconv.Atoi(numbers[at])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return n
-		}
-	}
-	t.Fatalf("the kernel does not count %s", name)
-	return 0
 }
 
 // loadPatience is how long a connection may stand still. A SYN or an answer that
