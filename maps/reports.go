@@ -71,6 +71,7 @@ func OpenReports(reader, reports *ebpf.Map, size uint32) (_ *Reports, err error)
 	if r.reads, err = ringbuf.NewReader(r.ring); err != nil {
 		return nil, fmt.Errorf("read reports: %w", err)
 	}
+	r.Stop() // a reader that was killed has not
 	if err := reports.Put(uint32(0), r.ring); err != nil {
 		return nil, fmt.Errorf("bring the program a ring: %w", err)
 	}
