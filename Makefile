@@ -97,8 +97,8 @@ ARCH      := $(ARCH_HERE)
 .PHONY: vm
 vm: ## the tests under other kernels, in QEMU: all, or KERNEL=6.12; ARCH=arm64; SET=ci for a few minutes
 	@$(call need,$(VM_NEEDS) $(QEMU_$(ARCH)))
-	$(GO) run ./test/vm -arch $(ARCH) $(if $(SET),-set $(SET)) \
-		$(if $(KERNEL),-kernels "$(KERNEL)",-docs docs/kernels-$(ARCH).md) $(VM_FLAGS)
+	$(GO) run ./test/vm -arch $(ARCH) $(if $(KERNEL),-kernels "$(KERNEL)") $(if $(SET),-set $(SET)) \
+		-docs docs/kernels-$(ARCH).md $(VM_FLAGS)
 
 .PHONY: soak
 soak: ## the stress tests and the chaos test for ten minutes each

@@ -44,7 +44,7 @@ func run(ctx context.Context, args []string) error {
 	only := flags.String("package", "", "the tests of these `PACKAGES` only, as in \"loader ./sockets\"")
 	pattern := flags.String("run", "", "only tests that match this regular expression")
 	mirror := flags.String("mirror", "", "`URL` of a mirror of Debian, if not among this machine's package sources")
-	docs := flags.String("docs", "", "write the results as a table to this `FILE`")
+	docs := flags.String("docs", "", "write the results to this page, `FILE`, beside what it says of other kernels")
 	usable := flags.Bool("usable", false, "only say, by the exit code, whether this machine itself can run privileged tests")
 	verbose := flags.Bool("v", false, "print all that the tests say")
 	silence := flags.Duration("silence", 10*time.Minute, "a machine that says nothing for so long hangs")
@@ -108,7 +108,7 @@ func run(ctx context.Context, args []string) error {
 	running.Wait()
 	summary(os.Stdout, results)
 	if *docs != "" && *only == "" && *pattern == "" {
-		if err := document(*docs, on, results, plan, time.Now()); err != nil {
+		if err := document(*docs, on, results, *set, time.Now()); err != nil {
 			return err
 		}
 	}

@@ -45,12 +45,11 @@ var onOld = map[string]string{"cmd/rpsel": "^TestOldKernel$"}
 
 // plan is which tests are run.
 type plan struct {
-	set   string
 	tests map[string]string // package to regular expressions, "" for all
 }
 
 func newPlan(ctx context.Context, set, only, pattern string) (plan, error) {
-	p := plan{set, map[string]string{}}
+	p := plan{map[string]string{}}
 	switch set {
 	case "ci":
 		p.tests = few

@@ -368,3 +368,43 @@ func TestComplaint(t *testing.T) {
 		}
 	}
 }
+
+// A page has the last run of each kernel, in the order of releases.
+func TestDocument(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "kernels.md")
+	run := func(release int, booted, set string, packages ...*outcome) {
+		t.Helper()
+		r := &result{kernel: kernel{release: releases[release]}, booted: booted, accel: "tcg", took: 90 * time.Second, packages: packages}
+		must(t, document(path, arches[0], []*result{r}, set, time.Date(2026, 11, 22, 3, 4, 5, 0, time.UTC)))
+	}
+	bad := &outcome{name: "loader", passed: 2, failed: 1, fails: []string{"TestA"}}
+	good := &outcome{name: "loader", passed: 3, noted: map[string]string{"verified/select": "12", "other": "13"}}
+	run(2, "6.12.1", "ci", bad)
+	run(1, "6.1.2", "all", good, &outcome{name: "maps", passed: 1, skipped: 1}, &outcome{name: "loader", passed: 4})
+	page := func() string {
+		t.Helper()
+		text, err := os.ReadFile(path)
+		must(t, err)
+		return string(text)
+	}
+	has := func(when string, lines ...string) {
+		t.Helper()
+		text := page()
+		for _, line := range lines {
+			if !strings.Contains(text, line+"\n") {
+				t.Errorf("%s: no %q in\n%s", when, line, text)
+			}
+		}
+	}
+	has("two", "# Kernels, amd64", "| kernel | 6.1 | 6.12 |", "| Linux | 6.1.2 | 6.12.1 |", "| day | 2026-11-22 | 2026-11-22 |", "| tests | all | ci |",
+		"| time | 1m30s | 1m30s |", "| passed, failed, skipped | 8, 0, 1 | 2, 1, 0 |", "| result | ok | FAILED |", "| `loader` | 7 of 7 | 2 of 3 |",
+		"| `maps` | 1 of 2 | – |", "| select | 12 | – |", `- 6.12, "loader": TestA`)
+	run(2, "6.12.3", "all", good)
+	has("again", "| Linux | 6.1.2 | 6.12.3 |", "| result | ok | ok |", "| select | 12 | 12 |", "- nothing")
+	kept := strings.TrimSuffix(path, ".md") + ".json"
+	must(t, os.WriteFile(kept, []byte("{"), 0o644))
+	before := page()
+	if err := document(path, arches[0], nil, "all", time.Now()); err == nil || !strings.Contains(err.Error(), kept) || page() != before {
+		t.Errorf("what was kept is no JSON: %v", err)
+	}
+}
