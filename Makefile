@@ -92,13 +92,13 @@ VM_FLAGS := $(if $(MIRROR),-mirror $(MIRROR))
 
 ARCH_HERE := $(patsubst x86_64,amd64,$(patsubst aarch64,arm64,$(shell uname -m)))
 # Which to test under other kernels. Another one than this machine's is emulated.
-ARCH      := $(ARCH_HERE)
+ARCH      ?= $(ARCH_HERE)
 
 .PHONY: vm
-vm: ## the tests under other kernels, in QEMU: all, or KERNEL=6.12; ARCH=arm64; SET=ci for a few minutes
+vm: ## the tests under other kernels, in QEMU: all, or KERNEL=6.12, PACKAGE=loader; ARCH=arm64; SET=ci for a few minutes
 	@$(call need,$(VM_NEEDS) $(QEMU_$(ARCH)))
-	$(GO) run ./test/vm -arch $(ARCH) $(if $(KERNEL),-kernels "$(KERNEL)") $(if $(SET),-set $(SET)) \
-		-docs docs/kernels-$(ARCH).md $(VM_FLAGS)
+	$(GO) run ./test/vm -arch "$(ARCH)" $(if $(KERNEL),-kernels "$(KERNEL)") $(if $(SET),-set "$(SET)") \
+		$(if $(PACKAGE),-package "$(PACKAGE)") -docs "docs/kernels-$(ARCH).md" $(VM_FLAGS)
 
 .PHONY: soak
 soak: ## the stress tests and the chaos test for ten minutes each

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Counts are what the kernel has counted in the namespace, by the names of nstat(8),
-// but for what is none.
+// Counts are what the kernel has counted in the namespace of IPv4 and of TCP, by the
+// names of nstat(8), without those that are zero.
 func (n *NetNS) Counts(t testing.TB) map[string]int {
 	t.Helper()
 	counts := map[string]int{}

@@ -44,12 +44,15 @@ func run(ctx context.Context, args []string) error {
 	only := flags.String("package", "", "the tests of these `PACKAGES` only, as in \"loader ./sockets\"")
 	pattern := flags.String("run", "", "only tests that match this regular expression")
 	mirror := flags.String("mirror", "", "`URL` of a mirror of Debian, if not among this machine's package sources")
-	docs := flags.String("docs", "", "write the results to this page, `FILE`, beside what it says of other kernels")
+	docs := flags.String("docs", "", "write the results to this page, `FILE`, beside what it says of other kernels and packages")
 	usable := flags.Bool("usable", false, "only say, by the exit code, whether this machine itself can run privileged tests")
 	verbose := flags.Bool("v", false, "print all that the tests say")
 	silence := flags.Duration("silence", 10*time.Minute, "a machine that says nothing for so long hangs")
 	longest := flags.Duration("patience", 15*time.Minute, "a mirror that takes longer for a kernel is given up")
 	flags.Parse(args)
+	if flags.NArg() > 0 {
+		return fmt.Errorf("%q: quote lists, as in -kernels \"6.1 6.12\"", flags.Arg(0))
+	}
 	if *usable {
 		if err := testnet.Usable(); err != nil {
 			return fmt.Errorf("privileged tests run in a machine of their own, since this one has none of: %w", err)
@@ -67,6 +70,12 @@ func run(ctx context.Context, args []string) error {
 	plan, err := newPlan(ctx, *set, *only, *pattern)
 	if err != nil {
 		return err
+	}
+	var page *document
+	if *docs != "" && *pattern == "" {
+		if page, err = openDocument(*docs); err != nil {
+			return err
+		}
 	}
 	source, err := os.Getwd()
 	if err != nil {
@@ -98,19 +107,24 @@ func run(ctx context.Context, args []string) error {
 	results := make([]*result, len(kernels))
 	atOnce := make(chan struct{}, room())
 	var running sync.WaitGroup
+	var writing sync.Mutex
+	var unwritten error
 	for i, k := range kernels {
 		atOnce <- struct{}{}
 		running.Go(func() {
 			defer func() { <-atOnce }()
 			results[i] = test(ctx, ready, k, dir, source, plan, *silence, *verbose)
+			if page != nil && ctx.Err() == nil {
+				writing.Lock()
+				defer writing.Unlock()
+				unwritten = errors.Join(unwritten, page.add(results[i], plan, time.Now()))
+			}
 		})
 	}
 	running.Wait()
 	summary(os.Stdout, results)
-	if *docs != "" && *only == "" && *pattern == "" {
-		if err := document(*docs, on, results, *set, time.Now()); err != nil {
-			return err
-		}
+	if unwritten != nil {
+		return unwritten
 	}
 	if slices.ContainsFunc(results, func(r *result) bool { return !r.ok() }) {
 		return errors.New("failed")

@@ -46,10 +46,11 @@ var onOld = map[string]string{"cmd/rpsel": "^TestOldKernel$"}
 // plan is which tests are run.
 type plan struct {
 	tests map[string]string // package to regular expressions, "" for all
+	whole bool              // all tests of all packages
 }
 
 func newPlan(ctx context.Context, set, only, pattern string) (plan, error) {
-	p := plan{map[string]string{}}
+	p := plan{map[string]string{}, set == "all" && only == "" && pattern == ""}
 	switch set {
 	case "ci":
 		p.tests = few

@@ -33,74 +33,108 @@ func (r *result) word() string {
 	return "FAILED"
 }
 
-// column is what the documents have of a kernel: what came out of its last run.
+// document is a page of docs/, and a file beside it that has what the page says.
+type document struct {
+	path, kept string
+	columns    []column
+}
+
+// column is what a page has of a kernel.
 type column struct {
-	Kernel, Linux, Debian, Day, Set string
-	Seconds                         int
-	Emulated                        bool
-	Packages                        map[string]counts
-	Verified                        map[string]string // program to instructions
-	Failed                          []string
+	Kernel, Linux, Debian string
+	Emulated              bool
+	Packages              map[string]ran
+	Verified              map[string]string // program to instructions
 }
 
-// counts are of tests.
-type counts struct{ Passed, Failed, Skipped int }
-
-func (c counts) plus(o counts) counts {
-	return counts{c.Passed + o.Passed, c.Failed + o.Failed, c.Skipped + o.Skipped}
+// ran is what came out of the tests of a package when they were run last.
+type ran struct {
+	Day                              string
+	Few                              bool // they were not all of its tests
+	Seconds, Passed, Failed, Skipped int
+	Failures                         []string `json:",omitempty"`
 }
 
-func (r *result) column(set string, day time.Time) column {
-	c := column{
-		Kernel: r.name, Linux: r.booted, Debian: r.suite, Day: day.Format(time.DateOnly), Set: set,
-		Seconds: int(r.took.Seconds()), Emulated: r.accel == "tcg",
-		Packages: map[string]counts{}, Verified: map[string]string{},
+func (r ran) plus(o ran) ran {
+	r.Seconds, r.Passed, r.Failed, r.Skipped = r.Seconds+o.Seconds, r.Passed+o.Passed, r.Failed+o.Failed, r.Skipped+o.Skipped
+	r.Failures = slices.Concat(r.Failures, o.Failures)
+	return r
+}
+
+// column is what there is to say of the packages that were to be run.
+func (r *result) column(p plan, day time.Time) column {
+	c := column{r.name, r.booted, r.suite, r.accel == "tcg", map[string]ran{}, map[string]string{}}
+	// Who had a hand in what befell the machine is not known.
+	befell, _, _ := strings.Cut(r.problem, "\n")
+	add := func(name string, now ran, problems ...string) {
+		now.Day, now.Few = day.Format(time.DateOnly), !r.old && p.tests[name] != ""
+		for _, problem := range append(problems, befell) {
+			if problem != "" {
+				now.Failures = append(now.Failures, problem)
+			}
+		}
+		if had, ok := c.Packages[name]; ok {
+			now = had.plus(now)
+		}
+		c.Packages[name] = now
 	}
 	for _, o := range r.packages {
-		c.Packages[o.name] = c.Packages[o.name].plus(counts{o.passed, o.failed, o.skipped})
+		add(o.name, ran{Seconds: int(o.took.Seconds()), Passed: o.passed, Failed: o.failed, Skipped: o.skipped, Failures: o.fails}, o.problem)
 		for key, n := range o.noted {
 			if program, ok := strings.CutPrefix(key, "verified/"); ok {
 				c.Verified[program] = n
 			}
 		}
-		if !o.ok() {
-			c.Failed = append(c.Failed, fmt.Sprintf("%q: %s", o.name, strings.TrimSpace(strings.Join(o.fails, ", ")+" "+o.problem)))
-		}
 	}
-	if r.problem != "" {
-		first, _, _ := strings.Cut(r.problem, "\n")
-		c.Failed = append(c.Failed, first)
+	for _, name := range p.packages([]release{r.release}) {
+		if _, ok := c.Packages[name]; !ok {
+			add(name, ran{}, "it was not run")
+		}
 	}
 	return c
 }
 
-// document writes what came out to a page of docs/, beside what it says of other
-// kernels. What it says is kept in a file beside it.
-func document(path string, on arch, results []*result, set string, day time.Time) error {
-	kept := strings.TrimSuffix(path, ".md") + ".json"
-	var had, columns []column
-	text, err := os.ReadFile(kept)
-	if err == nil {
-		err = json.Unmarshal(text, &had)
+// openDocument reads what a page says.
+func openDocument(path string) (*document, error) {
+	d := &document{path: path, kept: strings.TrimSuffix(path, ".md") + ".json"}
+	text, err := os.ReadFile(d.kept)
+	if errors.Is(err, os.ErrNotExist) {
+		return d, nil
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("%s: %w: remove it, and run all kernels again", kept, err)
+	if err != nil {
+		return nil, err
 	}
-	for _, r := range results {
-		had = slices.DeleteFunc(had, func(c column) bool { return c.Kernel == r.name })
-		had = append(had, r.column(set, day))
+	if err := json.Unmarshal(text, &d.columns); err != nil {
+		return nil, fmt.Errorf("%s: %w: remove it, and run all kernels again", d.kept, err)
 	}
-	for _, r := range releases { // in their order
-		if i := slices.IndexFunc(had, func(c column) bool { return c.Kernel == r.name }); i >= 0 {
-			columns = append(columns, had[i])
-		}
+	return d, nil
+}
+
+// add writes what came out of a kernel, beside what the page says of others and of the
+// same kernel's other packages.
+func (d *document) add(r *result, p plan, day time.Time) error {
+	now := r.column(p, day)
+	i := slices.IndexFunc(d.columns, func(c column) bool { return c.Kernel == now.Kernel })
+	switch {
+	case i < 0:
+		d.columns = append(d.columns, now)
+	case p.whole, now.Linux != "" && d.columns[i].Linux != now.Linux, d.columns[i].Emulated != now.Emulated:
+		d.columns[i] = now
+	default:
+		maps.Copy(d.columns[i].Packages, now.Packages)
+		maps.Copy(d.columns[i].Verified, now.Verified)
 	}
-	if text, err = json.MarshalIndent(columns, "", "\t"); err != nil {
+	place := func(c column) int {
+		return slices.IndexFunc(releases, func(r release) bool { return r.name == c.Kernel })
+	}
+	slices.SortFunc(d.columns, func(a, b column) int { return place(a) - place(b) })
+	text, err := json.MarshalIndent(d.columns, "", "\t")
+	if err != nil {
 		return err
 	}
 	return errors.Join(
-		os.WriteFile(kept, append(text, '\n'), 0o644),
-		os.WriteFile(path, []byte(page(on, columns)), 0o644))
+		os.WriteFile(d.kept, append(text, '\n'), 0o644),
+		os.WriteFile(d.path, []byte(page(r.arch, d.columns)), 0o644))
 }
 
 // page is for people who want to know.
@@ -109,11 +143,11 @@ func page(on arch, columns []column) string {
 	fmt.Fprintf(&s, `# Kernels, %s
 
 Written by %[2]smake vm%[2]s: the tests of this repository under kernels of Debian's, in machines with two processors and
-2 GiB, with a static init and nothing else; of each kernel the last run, of all tests or of the set "ci". A test that fails or cannot
-run there, a panic, a hang and a complaint of the kernel's make the result FAILED. Emulated processors run short tests: as many, of
-which some have fewer cases (each mark at which commands are killed once, instead of in every command that comes to it; capabilities
-as one user, instead of two; addresses of two kinds, instead of five; fewer listeners, and a flood of a tenth). An arm64 machine that is
-emulated on x86 has x86's order of loads and stores, not its own weaker one.
+2 GiB, with a static init and nothing else; of each package the last run, of all its tests or (ci) of those few that CI runs. A test that
+fails or cannot run there, a panic, a hang and a complaint of the kernel's make the result FAILED. Emulated processors run short
+tests: as many, of which some have fewer cases (each mark at which commands are killed once, instead of in every command that comes
+to it; capabilities as one user, instead of two; addresses of two kinds, instead of five; fewer listeners, and a flood of a tenth). An
+arm64 machine that is emulated on x86 has x86's order of loads and stores, not its own weaker one.
 
 `, on.name, "`")
 	row := func(first string, cell func(column) string) {
@@ -127,28 +161,37 @@ emulated on x86 has x86's order of loads and stores, not its own weaker one.
 		row(what, func(c column) string { return c.Kernel })
 		fmt.Fprintf(&s, "%s|\n", strings.Repeat("|---", 1+len(columns)))
 	}
+	sum := func(c column) (all ran) {
+		for _, r := range c.Packages {
+			all = all.plus(r)
+		}
+		return all
+	}
 
 	table("kernel")
 	row("Linux", func(c column) string { return c.Linux })
 	row("Debian", func(c column) string { return c.Debian })
-	row("day", func(c column) string { return c.Day })
-	row("tests", func(c column) string { return c.Set })
 	row("processor", func(c column) string {
 		if c.Emulated {
 			return "emulated"
 		}
 		return "KVM"
 	})
-	row("time", func(c column) string { return (time.Duration(c.Seconds) * time.Second).String() })
-	row("passed, failed, skipped", func(c column) string {
-		var all counts
-		for _, n := range c.Packages {
-			all = all.plus(n)
+	row("run on", func(c column) string {
+		var days []string
+		for _, r := range c.Packages {
+			days = append(days, r.Day)
 		}
+		slices.Sort(days)
+		return strings.Join(slices.Compact(days), ", ")
+	})
+	row("for", func(c column) string { return (time.Duration(sum(c).Seconds) * time.Second).String() })
+	row("passed, failed, skipped", func(c column) string {
+		all := sum(c)
 		return fmt.Sprintf("%d, %d, %d", all.Passed, all.Failed, all.Skipped)
 	})
 	row("result", func(c column) string {
-		if c.Failed != nil {
+		if sum(c).Failures != nil {
 			return "FAILED"
 		}
 		return "ok"
@@ -158,11 +201,15 @@ emulated on x86 has x86's order of loads and stores, not its own weaker one.
 	table("package")
 	for _, pkg := range names(columns, func(c column) iter.Seq[string] { return maps.Keys(c.Packages) }) {
 		row("`"+pkg+"`", func(c column) string {
-			n, ok := c.Packages[pkg]
+			r, ok := c.Packages[pkg]
 			if !ok {
 				return "–"
 			}
-			return fmt.Sprintf("%d of %d", n.Passed, n.Passed+n.Failed+n.Skipped)
+			all := fmt.Sprintf("%d of %d", r.Passed, r.Passed+r.Failed+r.Skipped)
+			if r.Few {
+				all += ", ci"
+			}
+			return all
 		})
 	}
 
@@ -180,9 +227,11 @@ emulated on x86 has x86's order of loads and stores, not its own weaker one.
 	s.WriteString("\nFailed:\n\n")
 	failed := false
 	for _, c := range columns {
-		for _, what := range c.Failed {
-			fmt.Fprintf(&s, "- %s, %s\n", c.Kernel, what)
-			failed = true
+		for _, pkg := range slices.Sorted(maps.Keys(c.Packages)) {
+			if failures := c.Packages[pkg].Failures; failures != nil {
+				fmt.Fprintf(&s, "- %s, %q: %s\n", c.Kernel, pkg, strings.Join(failures, "; "))
+				failed = true
+			}
 		}
 	}
 	if !failed {

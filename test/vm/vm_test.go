@@ -369,42 +369,54 @@ func TestComplaint(t *testing.T) {
 	}
 }
 
-// A page has the last run of each kernel, in the order of releases.
+// A page has the last run of each package under each kernel, in the order of releases.
 func TestDocument(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kernels.md")
-	run := func(release int, booted, set string, packages ...*outcome) {
+	all, ci := map[string]string{"loader": "", "maps": ""}, map[string]string{"loader": "TestA"}
+	accel := "tcg"
+	add := func(release int, booted, problem string, p plan, packages ...*outcome) {
 		t.Helper()
-		r := &result{kernel: kernel{release: releases[release]}, booted: booted, accel: "tcg", took: 90 * time.Second, packages: packages}
-		must(t, document(path, arches[0], []*result{r}, set, time.Date(2026, 11, 22, 3, 4, 5, 0, time.UTC)))
-	}
-	bad := &outcome{name: "loader", passed: 2, failed: 1, fails: []string{"TestA"}}
-	good := &outcome{name: "loader", passed: 3, noted: map[string]string{"verified/select": "12", "other": "13"}}
-	run(2, "6.12.1", "ci", bad)
-	run(1, "6.1.2", "all", good, &outcome{name: "maps", passed: 1, skipped: 1}, &outcome{name: "loader", passed: 4})
-	page := func() string {
-		t.Helper()
-		text, err := os.ReadFile(path)
+		d, err := openDocument(path)
 		must(t, err)
-		return string(text)
+		r := &result{kernel: kernel{release: releases[release], arch: arches[0]}, booted: booted, accel: accel, problem: problem, packages: packages}
+		must(t, d.add(r, p, time.Date(2026, 11, 20+release, 3, 4, 5, 0, time.UTC)))
 	}
 	has := func(when string, lines ...string) {
 		t.Helper()
-		text := page()
+		text, err := os.ReadFile(path)
+		must(t, err)
 		for _, line := range lines {
-			if !strings.Contains(text, line+"\n") {
+			if !strings.Contains(string(text), line+"\n") {
 				t.Errorf("%s: no %q in\n%s", when, line, text)
 			}
 		}
 	}
-	has("two", "# Kernels, amd64", "| kernel | 6.1 | 6.12 |", "| Linux | 6.1.2 | 6.12.1 |", "| day | 2026-11-22 | 2026-11-22 |", "| tests | all | ci |",
-		"| time | 1m30s | 1m30s |", "| passed, failed, skipped | 8, 0, 1 | 2, 1, 0 |", "| result | ok | FAILED |", "| `loader` | 7 of 7 | 2 of 3 |",
-		"| `maps` | 1 of 2 | – |", "| select | 12 | – |", `- 6.12, "loader": TestA`)
-	run(2, "6.12.3", "all", good)
-	has("again", "| Linux | 6.1.2 | 6.12.3 |", "| result | ok | ok |", "| select | 12 | 12 |", "- nothing")
-	kept := strings.TrimSuffix(path, ".md") + ".json"
-	must(t, os.WriteFile(kept, []byte("{"), 0o644))
-	before := page()
-	if err := document(path, arches[0], nil, "all", time.Now()); err == nil || !strings.Contains(err.Error(), kept) || page() != before {
-		t.Errorf("what was kept is no JSON: %v", err)
+	loader := func(failed int, fails ...string) *outcome {
+		return &outcome{name: "loader", passed: 3, failed: failed, fails: fails, took: 90 * time.Second, noted: map[string]string{"verified/select": "12", "other": "13"}}
+	}
+	pkgMaps := &outcome{name: "maps", passed: 2}
+	add(2, "6.12.1", "", plan{tests: ci}, loader(1, "TestA"), loader(0))
+	add(1, "6.1.2", "", plan{tests: all}, loader(0), &outcome{name: "maps", passed: 1, skipped: 1})
+	has("two", "# Kernels, amd64", "| kernel | 6.1 | 6.12 |", "| Linux | 6.1.2 | 6.12.1 |", "| run on | 2026-11-21 | 2026-11-22 |",
+		"| for | 1m30s | 3m0s |", "| passed, failed, skipped | 4, 0, 1 | 6, 1, 0 |", "| result | ok | FAILED |", "| `loader` | 3 of 3 | 6 of 7, ci |",
+		"| `maps` | 1 of 2 | – |", "| select | 12 | 12 |", `- 6.12, "loader": TestA`)
+	add(2, "6.12.1", "", plan{tests: map[string]string{"maps": ""}}, pkgMaps)
+	has("another package", "| `loader` | 3 of 3 | 6 of 7, ci |", "| `maps` | 1 of 2 | 2 of 2 |")
+	add(2, "6.12.1", "", plan{tests: all}, loader(0), pkgMaps)
+	has("again", "| `loader` | 3 of 3 | 3 of 3 |", "| `maps` | 1 of 2 | 2 of 2 |", "| result | ok | ok |", "- nothing")
+	add(2, "6.12.1", "the kernel complained\nof much", plan{tests: all}, loader(0))
+	has("trouble", "| result | ok | FAILED |", `- 6.12, "loader": the kernel complained`, `- 6.12, "maps": it was not run; the kernel complained`)
+	accel = "kvm"
+	add(2, "6.12.1", "", plan{tests: ci}, loader(0))
+	has("another processor", "| processor | emulated | KVM |", "| `maps` | 1 of 2 | – |", "| result | ok | ok |")
+	add(2, "6.12.3", "", plan{tests: map[string]string{"maps": ""}}, pkgMaps)
+	has("another build", "| Linux | 6.1.2 | 6.12.3 |", "| `loader` | 3 of 3 | – |", "| `maps` | 1 of 2 | 2 of 2 |")
+	add(2, "", "it has not started", plan{tests: map[string]string{"maps": ""}})
+	has("not started", "| Linux | 6.1.2 | 6.12.3 |", "| result | ok | FAILED |", `- 6.12, "maps": it was not run; it has not started`)
+	add(2, "6.12.3", "", plan{tests: map[string]string{"loader": ""}, whole: true}, loader(0))
+	has("whole", "| `loader` | 3 of 3 | 3 of 3 |", "| `maps` | 1 of 2 | – |", "| result | ok | ok |")
+	must(t, os.WriteFile(strings.TrimSuffix(path, ".md")+".json", []byte("{"), 0o644))
+	if _, err := openDocument(path); err == nil || !strings.Contains(err.Error(), ".json: ") {
+		t.Errorf("what is kept is no JSON: %v", err)
 	}
 }
