@@ -196,9 +196,6 @@ func TestReplyTwoGroups(t *testing.T) {
 			dir := inCgroup(t)
 			ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
 			there := ns
-			if c.apart && !loader.HaveSenderNetNS() {
-				(&testnet.Unavailable{What: "the sender's namespace", Err: errors.ErrUnsupported}).Skip(t)
-			}
 			if c.apart {
 				there = testnet.New(t)
 			}
@@ -227,8 +224,12 @@ func TestReplyTwoGroups(t *testing.T) {
 			if got := states(t, g); got != "0 new, 1 established" {
 				t.Errorf("of the group that answers: %s", got)
 			}
-			if got := states(t, other); got != "1 new, 0 established" {
-				t.Errorf("of the other: %s", got)
+			want := "1 new, 0 established"
+			if c.apart && !loader.HaveSenderNetNS() {
+				want = "0 new, 1 established" // a limit, see ARCHITECTURE.md
+			}
+			if got := states(t, other); got != want {
+				t.Errorf("of the other: %s, want %s", got, want)
 			}
 		})
 	}

@@ -22,7 +22,7 @@ import (
 func main() {
 	// An init that ends makes the kernel panic.
 	defer unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) // qemu takes this for its end
-	mounted := mount()
+	ready := errors.Join(mount(), unix.Setrlimit(unix.RLIMIT_NOFILE, &files))
 	o, err := order()
 	if err != nil {
 		fmt.Println("init:", err)
@@ -33,12 +33,15 @@ func main() {
 		fmt.Println("init:", err)
 		return
 	}
-	if err := errors.Join(mounted, work(r, o)); err != nil {
+	if err := errors.Join(ready, work(r, o)); err != nil {
 		r.tell(guest.Event{Broken: err.Error()})
 	}
 	r.tell(guest.Event{Done: true})
 	unix.IoctlSetInt(int(r.port.Fd()), unix.TCSBRK, 1) // waits until all is out
 }
+
+// files is the limit of descriptors that systemd gives, instead of the kernel's 4096.
+var files = unix.Rlimit{Cur: 1024, Max: 512 << 10}
 
 // mounts are those that a distribution's init makes, as far as tests look at
 // them.
