@@ -203,6 +203,7 @@ func TestFlowsStay(t *testing.T) {
 		mine[localPort(t, fd)] = true
 	}
 	deaths, flushed := 0, 0
+	var atFlush uint64 // how many packets had been received
 	for end := time.Now().Add(testnet.Soak(t, 10*time.Second)); time.Now().Before(end) && !t.Failed(); {
 		slot := rng.Uint32N(slots)
 		alive := 0
@@ -224,6 +225,11 @@ func TestFlowsStay(t *testing.T) {
 				}
 			}
 		}
+		// The table is to be full before that.
+		if book.received.Load() < atFlush+5*others {
+			continue
+		}
+		atFlush = book.received.Load()
 		for e := range g.flows.All(g.now(t), g.config.Limits()) {
 			if !mine[e.Client.Port()] && g.flows.Forget(e) {
 				flushed++
