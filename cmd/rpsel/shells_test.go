@@ -27,9 +27,12 @@ func TestTwentyShells(t *testing.T) {
 	const (
 		patience  = 10 * time.Second // with a lock that another command has
 		shells    = 20
-		commands  = 5 // of each
 		listeners = 4 // of each group
 	)
+	commands := 5 // of each
+	if testing.Short() {
+		commands = 2
+	}
 	path := buildCommand(t, "rpsel")
 	for _, c := range []struct {
 		name   string
