@@ -146,8 +146,9 @@ Written by %[2]smake vm%[2]s: the tests of this repository under kernels of Debi
 2 GiB, with a static init and nothing else; of each package the last run, of all its tests or (ci) of those few that CI runs. A test that
 fails or cannot run there, a panic, a hang and a complaint of the kernel's make the result FAILED. Emulated processors run short
 tests: as many, of which some have fewer cases (each mark at which commands are killed once, instead of in every command that comes
-to it; capabilities as one user, instead of two; addresses of two kinds, instead of five; fewer listeners, twenty shells with two commands each, and a flood of a tenth). An
-arm64 machine that is emulated on x86 has x86's order of loads and stores, not its own weaker one.
+to it; capabilities as one user, instead of two; addresses of two kinds, instead of five; fewer listeners; twenty shells with two
+commands each, instead of five; a flood of a tenth). An arm64 machine that is emulated on x86 has x86's order of loads and stores,
+not its own weaker one.
 
 `, on.name, "`")
 	row := func(first string, cell func(column) string) {
