@@ -40,15 +40,27 @@ type Options struct {
 	Log *slog.Logger
 	// Reload asks for the file to be read again.
 	Reload <-chan os.Signal
+
+	pace pace // of a test, else usual
 }
 
-// How often the agent does what it does by itself. Tests are less patient.
-var (
-	tickTime  = time.Second
-	sweepTime = 10 * time.Second
-	pollTime  = 250 * time.Millisecond
-	retryTime = 30 * time.Second // for events, while it polls
-)
+// pace is how often the agent does what it does by itself, and how long it waits for
+// others.
+type pace struct {
+	tick, sweep, poll time.Duration
+	retry             time.Duration // for events while it polls, and for metrics
+	// born is how long after its first listener came a group counts as new.
+	born time.Duration
+	// lock is how long commands may have the lock of a namespace until the agent
+	// goes on with others. All but the copying of very many flows takes
+	// milliseconds.
+	lock time.Duration
+}
+
+var usual = pace{
+	tick: time.Second, sweep: 10 * time.Second, poll: 250 * time.Millisecond, retry: 30 * time.Second,
+	born: 2 * time.Second, lock: time.Second,
+}
 
 // grace is how long the end of the loop is waited for. It may wait for another
 // command's lock; nothing it does then need be completed.
@@ -60,6 +72,9 @@ const grace = time.Second
 // Errors: ErrRunning, config.ErrInvalid, fs.ErrNotExist (the file, the cgroup),
 // cgroup.ErrNotCgroup2, loader.ErrNoBPFFS, loader.ErrPermission, sockets.ErrUnsupported.
 func Run(ctx context.Context, o Options) error {
+	if o.pace == (pace{}) {
+		o.pace = usual
+	}
 	services, place, err := load(o)
 	if err != nil {
 		return err
@@ -87,7 +102,7 @@ func Run(ctx context.Context, o Options) error {
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(), place: place,
 		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{}, refused: map[loader.Key][]string{},
-		inbox: newInbox(), ended: make(chan error, 1), polling: time.NewTicker(pollTime), polled: map[uint64]*polled{},
+		inbox: newInbox(o.pace.born), ended: make(chan error, 1), polling: time.NewTicker(o.pace.poll), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
 		return err
@@ -185,7 +200,7 @@ func (k *keeper) start(ctx context.Context) error {
 // loop works until the context ends.
 func (k *keeper) loop(ctx context.Context) {
 	defer k.close()
-	tick, sweep, alive := time.NewTicker(tickTime), time.NewTicker(sweepTime), watchdog()
+	tick, sweep, alive := time.NewTicker(k.pace.tick), time.NewTicker(k.pace.sweep), watchdog()
 	for _, t := range []*time.Ticker{tick, sweep, k.polling, alive} {
 		defer t.Stop()
 	}
@@ -216,7 +231,7 @@ func (k *keeper) loop(ctx context.Context) {
 
 // tick is what is due every second. It reports whether a sweep is due, too.
 func (k *keeper) tick(ctx context.Context) (sweep bool) {
-	if k.watcher == nil && time.Since(k.tried) >= retryTime {
+	if k.watcher == nil && time.Since(k.tried) >= k.pace.retry {
 		k.watch(ctx)
 		sweep = k.watcher != nil // for what came since the last poll
 	}

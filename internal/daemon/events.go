@@ -58,8 +58,8 @@ func (k *keeper) unwatch(because error) {
 		return
 	}
 	k.why = because.Error()
-	k.polling.Reset(pollTime)
-	k.fails(watchSubject, fmt.Errorf("polling for new listeners every %v: %w", pollTime, because))
+	k.polling.Reset(k.pace.poll)
+	k.fails(watchSubject, fmt.Errorf("polling for new listeners every %v: %w", k.pace.poll, because))
 	k.fails("info", k.claim.say(k.info()))
 }
 
@@ -171,19 +171,16 @@ func merge(g, other sockets.Group) sockets.Group {
 // sockets were reported: nothing can have sent to those before. Its methods may
 // be called concurrently.
 type inbox struct {
-	wake chan struct{} // there is something to take
+	wake  chan struct{} // there is something to take
+	young time.Duration // how long a socket counts as new
 
 	mu      sync.Mutex
 	pending []watch.Event
 	at      map[uint64]time.Time // of the report, by cookie
 }
 
-// bornTime is how long after its first listener came a group counts as new. Tests
-// are on machines that are busy.
-var bornTime = 2 * time.Second
-
-func newInbox() *inbox {
-	return &inbox{wake: make(chan struct{}, 1), at: map[uint64]time.Time{}}
+func newInbox(born time.Duration) *inbox {
+	return &inbox{young: born, wake: make(chan struct{}, 1), at: map[uint64]time.Time{}}
 }
 
 func (i *inbox) put(events []watch.Event) {
@@ -224,7 +221,7 @@ func (i *inbox) born(live sockets.Group) bool {
 	defer i.mu.Unlock()
 	return !slices.ContainsFunc(live.Members, func(m sockets.Socket) bool {
 		at, ok := i.at[m.Cookie]
-		return !ok || time.Since(at) >= bornTime
+		return !ok || time.Since(at) >= i.young
 	})
 }
 
@@ -233,7 +230,7 @@ func (i *inbox) forget() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	for c, at := range i.at {
-		if time.Since(at) > bornTime {
+		if time.Since(at) > i.young {
 			delete(i.at, c)
 		}
 	}

@@ -67,16 +67,11 @@ func (k *keeper) keep(live sockets.Group) {
 	}
 }
 
-// lockPatience is how long commands may have the lock of a namespace until the
-// agent goes on with others. All but the copying of very many flows takes
-// milliseconds. A test is more patient.
-var lockPatience = time.Second
-
 // busy tells whether a command has had the lock of a namespace for too long: it
 // may have been stopped, which must not keep the agent from other namespaces.
 // A sweep at the next tick does what is put off.
 func (k *keeper) busy(netns uint64) bool {
-	patience := lockPatience
+	patience := k.pace.lock
 	if k.locked[netns] {
 		patience = 0
 	}

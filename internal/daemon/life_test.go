@@ -352,13 +352,10 @@ func TestPolling(t *testing.T) {
 
 // A group that a sweep finds before a poll does is as new as others.
 func TestPollingSweep(t *testing.T) {
-	every := pollTime
-	pollTime = time.Hour
-	t.Cleanup(func() { pollTime = every })
 	ns, fs := testnet.New(t), testnet.BPFFS(t)
 	dir := newCgroup(t, "")
 	occupy(t, dir, 0)
-	a := start(t, fs, service(ns, 1194), func(o *Options) { o.Cgroup = dir })
+	a := start(t, fs, service(ns, 1194), func(o *Options) { o.Cgroup, o.pace.poll = dir, time.Hour })
 	testnet.StartGroup(t, ns, 3, testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true})
 	a.awaitSaid("msg=attached")
 	if s, ok := status(t, a.fs, keyOf(ns, loader.UDP, addr)); !ok || s.Settling > bornSettle {
@@ -659,14 +656,11 @@ func TestOwnerAtOnce(t *testing.T) {
 // The agent ends although somebody else has the lock that it waits for, and would
 // for long.
 func TestEndsWhileLocked(t *testing.T) {
-	patience := lockPatience
-	lockPatience = 10 * time.Minute
-	t.Cleanup(func() { lockPatience = patience })
 	ns, fs := testnet.New(t), testnet.BPFFS(t)
 	options := testnet.ServerOptions{Network: "udp4", Addr: addr, ReusePort: true}
 	key := keyOf(ns, loader.UDP, addr)
 	first := testnet.StartGroup(t, ns, 2, options)
-	a := start(t, fs, service(ns, 1194, `settle = "0s"`))
+	a := start(t, fs, service(ns, 1194, `settle = "0s"`), func(o *Options) { o.pace.lock = 10 * time.Minute })
 	a.awaitListeners(key, 2)
 	dir, err := os.Open(filepath.Join(fs, "rpsel", fmt.Sprint(ns.Cookie())))
 	if err != nil {

@@ -78,10 +78,7 @@ func TestListensSomewhere(t *testing.T) {
 	}
 	serve(false)
 	before := serve(true)
-	defer func(d time.Duration) { sweepTime = d }(sweepTime)
-	sweepTime = time.Hour
-	a := start(t, fs, service(ns, 1194, `proto = "tcp"`, `settle = "0s"`))
-	defer a.stop() // it reads sweepTime
+	a := start(t, fs, service(ns, 1194, `proto = "tcp"`, `settle = "0s"`), func(o *Options) { o.pace.sweep = time.Hour })
 	key := keyOf(ns, loader.TCP, addr)
 	a.awaitListeners(key, 1)
 	before.Listen(0, 512)

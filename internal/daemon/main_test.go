@@ -21,11 +21,7 @@ import (
 	"github.com/rpsel/rpsel/sockets"
 )
 
-func TestMain(m *testing.M) {
-	tickTime, sweepTime, retryTime = 100*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
-	bornTime = time.Minute
-	testnet.Main(m)
-}
+func TestMain(m *testing.M) { testnet.Main(m) }
 
 // testAgent is an agent in this process.
 type testAgent struct {
@@ -58,6 +54,10 @@ func start(t testing.TB, fs, services string, change ...func(*Options)) *testAge
 	a := &testAgent{t: t, fs: loader.FS(fs), config: filepath.Join(t.TempDir(), "rpsel.toml"), reload: make(chan os.Signal)}
 	a.write(services)
 	o := Options{FS: a.fs, Config: a.config, Reload: a.reload, Log: slog.New(slog.NewTextHandler(a, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	// Tests are impatient, and on machines that are busy.
+	o.pace = usual
+	o.pace.tick, o.pace.sweep, o.pace.retry = 100*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
+	o.pace.born = time.Minute
 	for _, f := range change {
 		f(&o)
 	}

@@ -47,7 +47,7 @@ func (k *keeper) serve() {
 	}
 	l, err := listen(k.place)
 	if err != nil {
-		k.fails("metrics", fmt.Errorf("metrics are not served: %w: give another place, or \"off\", as metrics in %s; it is tried again every %v", err, k.Config, retryTime))
+		k.fails("metrics", fmt.Errorf("metrics are not served: %w: give another place, or \"off\", as metrics in %s; it is tried again every %v", err, k.Config, k.pace.retry))
 		return
 	}
 	k.fails("metrics", nil)
@@ -74,7 +74,7 @@ func (k *keeper) keepServing() {
 		default:
 		}
 	}
-	if k.web == nil && k.place != "" && time.Since(k.webTried) >= retryTime {
+	if k.web == nil && k.place != "" && time.Since(k.webTried) >= k.pace.retry {
 		k.serve()
 	}
 }
