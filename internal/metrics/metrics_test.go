@@ -22,11 +22,12 @@ import (
 
 func TestMain(m *testing.M) { testnet.Main(m) }
 
-// groups are one of each kind, which differ in one part of their name each.
+// groups are one of each kind, which differ in one part of their name each. Their
+// device exists nowhere: the namespace may be the test's own, as in a machine's first.
 func groups() []loader.Summary {
 	key := loader.Key{NetNS: 7, Proto: sockets.UDP, Addr: netip.MustParseAddrPort("[::]:1194")}
 	tcp, v6only, device, uid := key, key, key, key
-	tcp.Proto, v6only.V6Only, device.Device, uid.UID = sockets.TCP, true, 3, 5
+	tcp.Proto, v6only.V6Only, device.Device, uid.UID = sockets.TCP, true, 1e9, 5
 	listener := loader.Listener{
 		Slot: 2, PID: 4711, Command: "secret", State: "draining", Weight: 3, Generation: 4, Flows: 5, Connections: 6,
 		Hit: 1, New: 1, Rehomed: 1, Untracked: 1, Migrated: 1, Bytes: 1, RxQueue: 8, Drops: 9,
@@ -75,7 +76,7 @@ func TestText(t *testing.T) {
 		`rpsel_group_up` + group + `port="1194",proto="tcp",uid="0",v6only=""} 1`,
 		`rpsel_group_up` + group + `port="1194",proto="udp",uid="0",v6only="true"} 1`,
 		`rpsel_group_up` + group + `port="1194",proto="udp",uid="5",v6only=""} 1`,
-		`rpsel_group_up{addr="::",device="if3",netns="7",port="1194",proto="udp",uid="0",v6only=""} 1`,
+		`rpsel_group_up{addr="::",device="if1000000000",netns="7",port="1194",proto="udp",uid="0",v6only=""} 1`,
 		`rpsel_group_attached` + group + `port="1194",proto="udp",uid="0",v6only=""} 1`,
 		`rpsel_group_info{addr="::",affinity="bytes:8,4",client_prefix="",confirm="client",device="",first="",netns="7",policy="least",port="1194",proto="udp",uid="0",v6only=""} 1`,
 		`rpsel_group_flows` + group + `port="1194",proto="udp",state="new",uid="0",v6only=""} 10`,
