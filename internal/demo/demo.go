@@ -342,8 +342,9 @@ func attach() error {
 		return err
 	}
 	defer conn.Close()
-	// No flow is older than the attach but those that ask right after it.
-	attached, err := loader.Attach(conn, loader.Options{Settle: -1})
+	// No flow is older than the attach but those that ask right after it. All ask in
+	// turn, and are not to be forgotten where a turn takes more than half a minute.
+	attached, err := loader.Attach(conn, loader.Options{Settle: -1, Idle: time.Hour, IdleNew: time.Hour})
 	if err != nil {
 		return err
 	}
