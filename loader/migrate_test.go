@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -50,7 +51,30 @@ type switchboard struct {
 
 func newSwitchboard(t *testing.T, ns *testnet.NetNS, f family) *switchboard {
 	t.Helper()
+	stayOnOneCPU(t)
 	return &switchboard{t: t, wire: testnet.NewWire(t, ns), f: f, port: 10000}
+}
+
+// stayOnOneCPU keeps what a test sends on one CPU. The timer that sends a SYN-ACK again
+// is on the CPU that the SYN was on (net/ipv4/inet_connection_sock.c,
+// reqsk_queue_hash_req: TIMER_PINNED). On another one the last ACK may come at the same
+// moment; then both migrate the connection, and the one that is late gives way, but the
+// program has run twice.
+func stayOnOneCPU(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread() // for good: the thread ends with the test
+	var may, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if may.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // calls makes n calls from one host, the n-th of the wire, as far as their SYN.
