@@ -10,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/rpsel/rpsel/internal/testnet"
 	"github.com/rpsel/rpsel/sockets"
 )
 
@@ -188,7 +187,7 @@ func TestKeyOfOthers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			fd, err := unix.Socket(c.family, c.kind|unix.SOCK_CLOEXEC, c.prot)
 			if errors.Is(err, unix.EPROTONOSUPPORT) {
-				(&testnet.Unavailable{What: c.name, Err: err}).Skip(t)
+				return // nobody has such a socket: Linux 7.2 has UDP-Lite no more
 			}
 			must(t, err)
 			f := os.NewFile(uintptr(fd), c.name)
