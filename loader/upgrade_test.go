@@ -209,7 +209,7 @@ func TestUpgradeKeeps(t *testing.T) {
 			}
 			g := open(t, root, key)
 			s := status(t, g)
-			if !s.Attached || s.Tracked != 600 || s.Settling < 500*time.Second || s.Idle != 300*time.Second || s.IdleNew != 30*time.Second || s.Policy != "hash" {
+			if !s.Attached || s.Tracked != 600 || s.Settling < 500*time.Second || s.Idle != 300*time.Second || s.IdleNew != time.Hour || s.Policy != "hash" {
 				t.Errorf("status %+v", s)
 			}
 			if s.Counters.New != 600 || s.Counters.Runs != 600 {

@@ -116,7 +116,7 @@ func attach(t testing.TB, bpffs string, g sockets.Group, o Options) {
 		must(t, c.Maps["picks"].Put(uint32(k/2), pair))
 	}
 	config := maps.Config1{
-		Table: uint64(len(table)), Abi: 1, Idle: 300, IdleNew: 30, Affinity: affinity,
+		Table: uint64(len(table)), Abi: 1, Idle: 300, IdleNew: 3600, Affinity: affinity,
 		Capacity: uint32(o.Flows), Attached: now, ClockMult: mult,
 	}
 	if o.Settle > 0 {
