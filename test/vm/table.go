@@ -248,7 +248,7 @@ not its own weaker one.
 		fmt.Fprintf(&s, "- %s: %s\n", what, l.why)
 	}
 	s.WriteString("\nLinux 5.10 is too old. What is tested there is that each command ends with exit code 5, names Linux 5.14 as what it\n" +
-		"needs, and leaves nothing behind (`cmd/rpsel` TestOldKernel).\n")
+		"needs, and leaves nothing behind (`cmd/rpsel` TestOldKernel, which is skipped under the others).\n")
 	return s.String()
 }
 
