@@ -125,7 +125,7 @@ func (p plan) order(r release, names map[string]string, short bool) guest.Order 
 			}
 		}
 		dir := filepath.Join(guest.Source, pkg)
-		argv := []string{filepath.Join(dir, names[pkg]), "-test.v=test2json", "-test.timeout=1h"}
+		argv := []string{filepath.Join(dir, names[pkg]), "-test.v=test2json", "-test.timeout=3h"}
 		if short {
 			argv = append(argv, "-test.short")
 		}
