@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -62,17 +61,7 @@ func newSwitchboard(t *testing.T, ns *testnet.NetNS, f family) *switchboard {
 // program has run twice.
 func stayOnOneCPU(t *testing.T) {
 	t.Helper()
-	runtime.LockOSThread() // for good: the thread ends with the test
-	var may, one unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &may); err != nil {
-		t.Fatal(err)
-	}
-	for cpu := 0; one.Count() == 0; cpu++ {
-		if may.IsSet(cpu) {
-			one.Set(cpu)
-		}
-	}
-	if err := unix.SchedSetaffinity(0, &one); err != nil {
+	if err := testnet.Pin(testnet.CPUs(t)[0]); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -86,7 +85,7 @@ type lockstep []atomic.Int64
 // stop. It waits for the others before each packet, so that all run the
 // program for the same flow at once.
 func (l lockstep) send(me, cpu int, fds []int, order []uint32, stop *atomic.Bool) (sent uint64) {
-	pin(cpu)
+	testnet.Pin(cpu)
 	var packet [8]byte
 	for ; !stop.Load(); sent++ {
 		l[me].Store(int64(sent))
@@ -100,29 +99,6 @@ func (l lockstep) send(me, cpu int, fds []int, order []uint32, stop *atomic.Bool
 		unix.Write(fds[flow], packet[:])
 	}
 	return sent
-}
-
-// pin ties the goroutine to a CPU. The thread ends with it.
-func pin(cpu int) {
-	runtime.LockOSThread()
-	var set unix.CPUSet
-	set.Set(cpu)
-	unix.SchedSetaffinity(0, &set)
-}
-
-// cpus are those this process may run on.
-func cpus(t *testing.T) (cpus []int) {
-	t.Helper()
-	var set unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &set); err != nil {
-		t.Fatal(err)
-	}
-	for cpu := range len(set) * 64 {
-		if set.IsSet(cpu) {
-			cpus = append(cpus, cpu)
-		}
-	}
-	return cpus
 }
 
 // TestFlowsStay: in a table of few buckets, that other flows flood from every
@@ -192,7 +168,7 @@ func TestFlowsStay(t *testing.T) {
 		order = append(order, tracked+flow, flow%tracked)
 	}
 	rng.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
-	all := cpus(t)
+	all := testnet.CPUs(t)
 	step := make(lockstep, len(all))
 	for i, cpu := range all {
 		senders.Go(func() { sent.Add(step.send(i, cpu, fds, order, &stop)) })
@@ -361,7 +337,7 @@ func TestTwins(t *testing.T) {
 	defer turner.Wait()
 	defer stop.Store(true)
 
-	senders := cpus(t)
+	senders := testnet.CPUs(t)
 	for end, round := time.Now().Add(testnet.Soak(t, 10*time.Second)), uint64(1); time.Now().Before(end) && !t.Failed(); round++ {
 		for flow := range book.owners {
 			book.owners[flow].Store(nil)
@@ -371,7 +347,7 @@ func TestTwins(t *testing.T) {
 		var done sync.WaitGroup
 		for _, cpu := range senders {
 			done.Go(func() {
-				pin(cpu)
+				testnet.Pin(cpu)
 				var packet [8]byte
 				for flow, fd := range fds {
 					binary.NativeEndian.PutUint32(packet[:], uint32(flow))
