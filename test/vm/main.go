@@ -71,9 +71,9 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	var page *document
+	var written *document
 	if *docs != "" && *pattern == "" {
-		if page, err = openDocument(*docs); err != nil {
+		if written, err = openDocument(*docs); err != nil {
 			return err
 		}
 	}
@@ -100,6 +100,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Println("vm: compile the tests for", on.name)
+	now := newOccasion(ctx, on)
 	ready, err := build(ctx, filepath.Join(dir, on.name), on, plan.packages(chosen))
 	if err != nil {
 		return err
@@ -114,10 +115,10 @@ func run(ctx context.Context, args []string) error {
 		running.Go(func() {
 			defer func() { <-atOnce }()
 			results[i] = test(ctx, ready, k, dir, source, plan, *silence, *verbose)
-			if page != nil && ctx.Err() == nil {
+			if written != nil && ctx.Err() == nil {
 				writing.Lock()
 				defer writing.Unlock()
-				unwritten = errors.Join(unwritten, page.add(results[i], plan, time.Now()))
+				unwritten = errors.Join(unwritten, written.add(results[i], plan, now))
 			}
 		})
 	}

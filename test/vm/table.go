@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -49,10 +52,40 @@ type column struct {
 
 // ran is what came out of the tests of a package when they were run last.
 type ran struct {
-	Day                              string
+	occasion
 	Few                              bool // they were not all of its tests
 	Seconds, Passed, Failed, Skipped int
 	Failures                         []string `json:",omitempty"`
+}
+
+// occasion is when, of what and where tests were run. What a page says of tests run before
+// it was kept has neither Commit nor Host.
+type occasion struct {
+	Day    string
+	Commit string `json:",omitempty"` // the last that changed more than docs/; with + if the tree was changed since
+	Host   string `json:",omitempty"` // the version of QEMU, and the processor under it
+}
+
+func newOccasion(ctx context.Context, on arch) occasion {
+	// A tree without git, or another user's, has nothing to tell.
+	git := func(args ...string) string {
+		said, _ := command(ctx, nil, "git", append(args, "--", ".", ":!docs")...)
+		return strings.TrimSpace(said)
+	}
+	o := occasion{Day: time.Now().Format(time.DateOnly), Commit: cmp.Or(git("log", "-1", "--format=%h"), "unknown"), Host: "QEMU"}
+	if git("status", "--porcelain") != "" {
+		o.Commit += "+"
+	}
+	if said, err := command(ctx, nil, on.qemu, "--version"); err == nil {
+		if _, version, ok := strings.Cut(said, "version "); ok {
+			o.Host += " " + strings.Fields(version + " ?")[0]
+		}
+	}
+	cpu, _ := os.ReadFile("/proc/cpuinfo") // arm64's has no name for it
+	if m := regexp.MustCompile(`(?m)^model name\s*: (.+)$`).FindSubmatch(cpu); m != nil {
+		o.Host += " on " + string(m[1])
+	}
+	return o
 }
 
 func (r ran) plus(o ran) ran {
@@ -62,12 +95,12 @@ func (r ran) plus(o ran) ran {
 }
 
 // column is what there is to say of the packages that were to be run.
-func (r *result) column(p plan, day time.Time) column {
+func (r *result) column(p plan, when occasion) column {
 	c := column{r.name, r.booted, r.suite, r.accel == "tcg", map[string]ran{}, map[string]string{}}
 	// Who had a hand in what befell the machine is not known.
 	befell, _, _ := strings.Cut(r.problem, "\n")
 	add := func(name string, now ran, problems ...string) {
-		now.Day, now.Few = day.Format(time.DateOnly), !r.old && p.tests[name] != ""
+		now.occasion, now.Few = when, !r.old && p.tests[name] != ""
 		for _, problem := range append(problems, befell) {
 			if problem != "" {
 				now.Failures = append(now.Failures, problem)
@@ -112,8 +145,8 @@ func openDocument(path string) (*document, error) {
 
 // add writes what came out of a kernel, beside what the page says of others and of the
 // same kernel's other packages.
-func (d *document) add(r *result, p plan, day time.Time) error {
-	now := r.column(p, day)
+func (d *document) add(r *result, p plan, when occasion) error {
+	now := r.column(p, when)
 	i := slices.IndexFunc(d.columns, func(c column) bool { return c.Kernel == now.Kernel })
 	switch {
 	case i < 0:
@@ -178,14 +211,19 @@ not its own weaker one.
 		}
 		return "KVM"
 	})
-	row("run on", func(c column) string {
-		var days []string
-		for _, r := range c.Packages {
-			days = append(days, r.Day)
+	every := func(of func(ran) string) func(column) string {
+		return func(c column) string {
+			var all []string
+			for _, r := range c.Packages {
+				all = append(all, cmp.Or(of(r), "not kept"))
+			}
+			slices.Sort(all)
+			return strings.Join(slices.Compact(all), ", ")
 		}
-		slices.Sort(days)
-		return strings.Join(slices.Compact(days), ", ")
-	})
+	}
+	row("run on", every(func(r ran) string { return r.Day }))
+	row("by", every(func(r ran) string { return r.Host }))
+	row("of commit", every(func(r ran) string { return r.Commit }))
 	row("for", func(c column) string { return (time.Duration(sum(c).Seconds) * time.Second).String() })
 	row("passed, failed, skipped", func(c column) string {
 		all := sum(c)

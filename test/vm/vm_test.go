@@ -373,13 +373,13 @@ func TestComplaint(t *testing.T) {
 func TestDocument(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kernels.md")
 	all, ci := map[string]string{"loader": "", "maps": ""}, map[string]string{"loader": "TestA"}
-	accel := "tcg"
+	accel, commit := "tcg", "abc"
 	add := func(release int, booted, problem string, p plan, packages ...*outcome) {
 		t.Helper()
 		d, err := openDocument(path)
 		must(t, err)
 		r := &result{kernel: kernel{release: releases[release], arch: arches[0]}, booted: booted, accel: accel, problem: problem, packages: packages}
-		must(t, d.add(r, p, time.Date(2026, 11, 20+release, 3, 4, 5, 0, time.UTC)))
+		must(t, d.add(r, p, occasion{Day: fmt.Sprint("2026-11-2", release), Commit: commit, Host: "QEMU 7.2 on a CPU"}))
 	}
 	has := func(when string, lines ...string) {
 		t.Helper()
@@ -400,8 +400,9 @@ func TestDocument(t *testing.T) {
 	has("two", "# Kernels, amd64", "| kernel | 6.1 | 6.12 |", "| Linux | 6.1.2 | 6.12.1 |", "| run on | 2026-11-21 | 2026-11-22 |",
 		"| for | 1m30s | 3m0s |", "| passed, failed, skipped | 4, 0, 1 | 6, 1, 0 |", "| result | ok | FAILED |", "| `loader` | 3 of 3 | 6 of 7, ci |",
 		"| `maps` | 1 of 2 | – |", "| select | 12 | 12 |", `- 6.12, "loader": TestA`)
+	commit = "abd+"
 	add(2, "6.12.1", "", plan{tests: map[string]string{"maps": ""}}, pkgMaps)
-	has("another package", "| `loader` | 3 of 3 | 6 of 7, ci |", "| `maps` | 1 of 2 | 2 of 2 |")
+	has("another package", "| by | QEMU 7.2 on a CPU | QEMU 7.2 on a CPU |", "| of commit | abc | abc, abd+ |", "| `loader` | 3 of 3 | 6 of 7, ci |", "| `maps` | 1 of 2 | 2 of 2 |")
 	add(2, "6.12.1", "", plan{tests: all}, loader(0), pkgMaps)
 	has("again", "| `loader` | 3 of 3 | 3 of 3 |", "| `maps` | 1 of 2 | 2 of 2 |", "| result | ok | ok |", "- nothing")
 	add(2, "6.12.1", "the kernel complained\nof much", plan{tests: all}, loader(0))
