@@ -54,7 +54,7 @@ func build(ctx context.Context, dir string, on arch, packages []string) (built, 
 	}
 	for _, pkg := range packages {
 		b.tests[pkg] = strings.ReplaceAll(pkg, "/", "-") + ".test"
-		if err := goCommand("test", "-c", small, "-o", filepath.Join(dir, b.tests[pkg]), module+"/"+pkg); err != nil {
+		if err := goCommand("test", "-C", pkg, "-c", small, "-o", filepath.Join(dir, b.tests[pkg]), "."); err != nil {
 			return b, err
 		}
 	}

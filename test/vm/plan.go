@@ -19,6 +19,7 @@ var leftOut = []leaving{
 	{"test/e2e", "", "needs OpenVPN and systemd"},
 	{"test/hosts", "", "needs ip(8) and a router's modules"},
 	{"test/model", "", "runs no program in a kernel"},
+	{"packaging", "", "runs no program in a kernel"},
 	{"test/bench", "", "measures: emulation has another speed"},
 	{"internal/api", "", "asks the go command"},
 	{"test/vm", "", "would start machines in the machine"},
@@ -83,14 +84,16 @@ func newPlan(ctx context.Context, set, only, pattern string) (plan, error) {
 
 // withTests are the packages that have tests and are not left out.
 func withTests(ctx context.Context) (packages []string, err error) {
-	out, err := command(ctx, nil, "go", "list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", module+"/...")
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(out) {
-		pkg := strings.TrimPrefix(strings.TrimSpace(line), module+"/")
-		if pkg != "" && !slices.ContainsFunc(leftOut, func(l leaving) bool { return l.pkg == pkg && l.test == "" }) {
-			packages = append(packages, pkg)
+	for _, dir := range []string{".", "examples/quic", "test/kubernetes"} { // modules
+		out, err := command(ctx, nil, "go", "list", "-C", dir, "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", "./...")
+		if err != nil {
+			return nil, err
+		}
+		for line := range strings.Lines(out) {
+			pkg := strings.TrimPrefix(strings.TrimSpace(line), module+"/")
+			if pkg != "" && !slices.ContainsFunc(leftOut, func(l leaving) bool { return l.pkg == pkg && l.test == "" }) {
+				packages = append(packages, pkg)
+			}
 		}
 	}
 	return packages, nil
