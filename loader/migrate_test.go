@@ -61,9 +61,7 @@ func newSwitchboard(t *testing.T, ns *testnet.NetNS, f family) *switchboard {
 // program has run twice.
 func stayOnOneCPU(t *testing.T) {
 	t.Helper()
-	if err := testnet.Pin(testnet.CPUs(t)[0]); err != nil {
-		t.Fatal(err)
-	}
+	testnet.Pin(t, testnet.CPUs(t)[0])
 }
 
 // calls makes n calls from one host, the n-th of the wire, as far as their SYN.
@@ -196,6 +194,46 @@ func TestMigration(t *testing.T) {
 			})
 		}
 	}
+}
+
+// What stayOnOneCPU keeps from the other tests: two CPUs migrate a connection at the same moment,
+// here for two copies of the last ACK. Whether or not the program runs twice for that, one
+// server accepts the connection, and every run is counted.
+func TestMigrationOnTwoCPUs(t *testing.T) {
+	const n = 512
+	count(t)
+	f, cpus := families[0], testnet.CPUs(t)
+	ns, fs := testnet.New(t), loader.FS(testnet.BPFFS(t))
+	a, b, c := f.hold(t, ns, "a"), f.hold(t, ns, "b"), f.hold(t, ns, "c")
+	g := attach(t, fs, ns, noSettle)
+	calls := newSwitchboard(t, ns, f).calls(2, n, "")
+	had := listenerOf(t, g, a).Untracked
+	a.Kill()
+	var sending sync.WaitGroup
+	var sent [2]atomic.Int64
+	for me := range sent {
+		sending.Go(func() {
+			testnet.Pin(t, cpus[me%len(cpus)])
+			for i, call := range calls {
+				for sent[me].Store(int64(i)); sent[1-me].Load() < int64(i); {
+				}
+				call.ACK()
+			}
+			sent[me].Store(n)
+		})
+	}
+	sending.Wait()
+	b.Accept()
+	c.Accept()
+	if shares := testnet.Shares(acceptors(calls)); shares["b"]+shares["c"] != n || had == 0 {
+		t.Errorf("a had %d, accepted by %v", had, shares)
+	}
+	got := status(t, g).Counters.Migrated
+	if got < had {
+		t.Errorf("%d runs for %d connections that migrate", got, had)
+	}
+	counted{t, ns, g}.check("ended", loader.Counters{Untracked: n, Migrated: got}, 0)
+	t.Logf("%d of %d connections had two runs", got-had, had)
 }
 
 // Without rpsel they are lost on each of these ways: on plain Linux, after a

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CPUs are those this process may run on.
+// CPUs are those the calling thread may run on.
 func CPUs(t testing.TB) (cpus []int) {
 	t.Helper()
 	var set unix.CPUSet
@@ -22,10 +22,14 @@ func CPUs(t testing.TB) (cpus []int) {
 	return cpus
 }
 
-// Pin ties the goroutine to a CPU, for good: its thread ends with it.
-func Pin(cpu int) error {
+// Pin ties the goroutine to a CPU, for good: its thread ends with it. It may be called by
+// any goroutine of a test.
+func Pin(t testing.TB, cpu int) {
+	t.Helper()
 	runtime.LockOSThread()
 	var set unix.CPUSet
 	set.Set(cpu)
-	return unix.SchedSetaffinity(0, &set)
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		t.Errorf("to CPU %d: %v", cpu, err)
+	}
 }

@@ -41,10 +41,16 @@ func (w *Wire) Datagrams(f func(Datagram)) {
 }
 
 // Send puts an IP packet onto the wire, whatever is wrong with it. The error is that of
-// a kernel that does not even take it for one.
+// a kernel that does not even take it for one. Packets of several goroutines come at the
+// same time, each on the sender's CPU (os.File would let one after the other write).
 func (w *Wire) Send(packet []byte) error {
-	_, err := w.tun.Write(packet)
-	return err
+	raw, err := w.tun.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var wrote error
+	err = raw.Control(func(fd uintptr) { _, wrote = unix.Write(int(fd), packet) })
+	return errors.Join(err, wrote)
 }
 
 // The addresses of a wire: at .1 is the namespace, all others are clients'.
@@ -324,8 +330,7 @@ func (c *Call) send(flags byte, payload string) {
 		copy(ip[8:], from)
 		copy(ip[24:], to)
 	}
-	_, err := c.wire.tun.Write(append(ip, tcp...))
-	must(c.wire.t, err)
+	must(c.wire.t, c.wire.Send(append(ip, tcp...)))
 }
 
 // Checksum is the Internet checksum (RFC 1071).

@@ -84,8 +84,8 @@ type lockstep []atomic.Int64
 // send sends packets of the flows over and over from one CPU until told to
 // stop. It waits for the others before each packet, so that all run the
 // program for the same flow at once.
-func (l lockstep) send(me, cpu int, fds []int, order []uint32, stop *atomic.Bool) (sent uint64) {
-	testnet.Pin(cpu)
+func (l lockstep) send(t *testing.T, me, cpu int, fds []int, order []uint32, stop *atomic.Bool) (sent uint64) {
+	testnet.Pin(t, cpu)
 	var packet [8]byte
 	for ; !stop.Load(); sent++ {
 		l[me].Store(int64(sent))
@@ -171,7 +171,7 @@ func TestFlowsStay(t *testing.T) {
 	all := testnet.CPUs(t)
 	step := make(lockstep, len(all))
 	for i, cpu := range all {
-		senders.Go(func() { sent.Add(step.send(i, cpu, fds, order, &stop)) })
+		senders.Go(func() { sent.Add(step.send(t, i, cpu, fds, order, &stop)) })
 	}
 	senders.Go(func() { g.unrest(&stop) }) // beside the senders where there is a CPU for it
 	mine := make(map[uint16]bool)
@@ -347,7 +347,7 @@ func TestTwins(t *testing.T) {
 		var done sync.WaitGroup
 		for _, cpu := range senders {
 			done.Go(func() {
-				testnet.Pin(cpu)
+				testnet.Pin(t, cpu)
 				var packet [8]byte
 				for flow, fd := range fds {
 					binary.NativeEndian.PutUint32(packet[:], uint32(flow))
