@@ -112,6 +112,16 @@ ROUNDS := $(if $(QUICK),10x,30x)
 SHORT  := $(if $(QUICK),-short,)
 BENCH  := $(GO) test ./test/bench $(SHORT) -timeout=20m -run '^$$'
 
+FUZZTIME ?= 1m
+
+.PHONY: fuzz
+fuzz: ## each fuzz test for a minute, or FUZZTIME=10m: packets, flow table, pins, arguments, configuration, requests
+	@$(call root,fuzz)
+	@$(call need,$(BUILD_NEEDS))
+	@for f in $$(grep -rEo '^func Fuzz\w+' --include='*_test.go' . | sed -E 's|/[^/]*:func |:|' | sort); do \
+		(set -x; $(GO) test "$${f%:*}" -run '^$$' -fuzz "^$${f#*:}\$$" -fuzztime $(FUZZTIME)); \
+	done
+
 .PHONY: bench
 bench: ## what everything costs, beside the alternatives: docs/bench, docs/performance.md
 	@$(call root,bench)
@@ -119,6 +129,7 @@ bench: ## what everything costs, beside the alternatives: docs/bench, docs/perfo
 	@{ $(BENCH) -bench '^Benchmark(FlowCount|Listeners|Families|EndToEnd)$$' -benchtime $(ROUNDS); \
 	$(BENCH) -bench '^Benchmark(Attach|Flows)$$/^(listeners=.*|list|count)$$' -benchtime 5x; \
 	$(BENCH) -bench '^BenchmarkBindToFirstFlow$$/^processes=2000$$/^agent$$' -benchtime $(ROUNDS:x=0x); \
+	$(GO) test ./cmd/rpsel -run '^$$' -bench '^BenchmarkAgentAtRest$$' -benchtime 1x; \
 	} | $(GO) run ./test/bench/report docs/bench docs/performance.md
 
 .PHONY: info

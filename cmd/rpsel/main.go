@@ -80,7 +80,10 @@ func harmless(text []byte) []byte {
 // run executes one command line and returns the exit code.
 func run(args []string, e *env) int {
 	e.out, e.err = plain{e.out}, plain{e.err}
-	root := newRootCmd(e)
+	return execute(newRootCmd(e), args, e)
+}
+
+func execute(root *cobra.Command, args []string, e *env) int {
 	root.SetArgs(args)
 	cmd, err := root.ExecuteC()
 	if err == nil {
