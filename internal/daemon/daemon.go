@@ -49,8 +49,8 @@ type Options struct {
 type pace struct {
 	tick, sweep, poll time.Duration
 	retry             time.Duration // for events while it polls, and for metrics
-	// born is how long after its first listener came a group counts as new.
-	born time.Duration
+	// young is how long after its first listener came a group counts as new.
+	young time.Duration
 	// lock is how long commands may have the lock of a namespace until the agent
 	// goes on with others. All but the copying of very many flows takes
 	// milliseconds.
@@ -59,7 +59,7 @@ type pace struct {
 
 var usual = pace{
 	tick: time.Second, sweep: 10 * time.Second, poll: 250 * time.Millisecond, retry: 30 * time.Second,
-	born: 2 * time.Second, lock: time.Second,
+	young: 2 * time.Second, lock: time.Second,
 }
 
 // grace is how long the end of the loop is waited for. It may wait for another
@@ -102,7 +102,7 @@ func Run(ctx context.Context, o Options) error {
 	k := &keeper{
 		Options: o, claim: claim, services: services, own: own.Cookie(), place: place,
 		groups: map[loader.Key]*group{}, failures: map[string]failure{}, locked: map[uint64]bool{}, named: map[string]uint64{}, refused: map[loader.Key][]string{},
-		inbox: newInbox(o.pace.born), ended: make(chan error, 1), polling: time.NewTicker(o.pace.poll), polled: map[uint64]*polled{},
+		inbox: newInbox(o.pace.young), ended: make(chan error, 1), polling: time.NewTicker(o.pace.poll), polled: map[uint64]*polled{},
 	}
 	if err := k.start(ctx); err != nil {
 		return err

@@ -179,8 +179,8 @@ type inbox struct {
 	at      map[uint64]time.Time // of the report, by cookie
 }
 
-func newInbox(born time.Duration) *inbox {
-	return &inbox{young: born, wake: make(chan struct{}, 1), at: map[uint64]time.Time{}}
+func newInbox(young time.Duration) *inbox {
+	return &inbox{young: young, wake: make(chan struct{}, 1), at: map[uint64]time.Time{}}
 }
 
 func (i *inbox) put(events []watch.Event) {

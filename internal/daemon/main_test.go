@@ -57,7 +57,7 @@ func start(t testing.TB, fs, services string, change ...func(*Options)) *testAge
 	// Tests are impatient, and on machines that are busy.
 	o.pace = usual
 	o.pace.tick, o.pace.sweep, o.pace.retry = 100*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
-	o.pace.born = time.Minute
+	o.pace.young = time.Minute
 	for _, f := range change {
 		f(&o)
 	}

@@ -115,6 +115,7 @@ func attach(t testing.TB, bpffs string, g sockets.Group, o Options) {
 		}
 		must(t, c.Maps["picks"].Put(uint32(k/2), pair))
 	}
+	// An hour for new flows, not half a minute: an emulated machine's upgrade may take that.
 	config := maps.Config1{
 		Table: uint64(len(table)), Abi: 1, Idle: 300, IdleNew: 3600, Affinity: affinity,
 		Capacity: uint32(o.Flows), Attached: now, ClockMult: mult,
