@@ -142,12 +142,8 @@ func (g *group) sendAll(flows []int) {
 	for cpu, s := range g.senders {
 		part := flows[cpu*len(flows)/len(g.senders) : (cpu+1)*len(flows)/len(g.senders)]
 		sending.Go(func() {
-			runtime.LockOSThread() // never unlocked: the thread ends with its affinity
-			var set unix.CPUSet
-			set.Set(cpu)
-			if results[cpu] = unix.SchedSetaffinity(0, &set); results[cpu] == nil {
-				results[cpu] = g.send(s, part)
-			}
+			testnet.Pin(g.b, cpu)
+			results[cpu] = g.send(s, part)
 		})
 	}
 	sending.Wait()
@@ -207,6 +203,24 @@ func (g *group) newcomers(n int) []int {
 	return flows
 }
 
+// newInParts is what a packet of a new flow takes in a table that stays as full as it was: a
+// few come at a time, and are taken out again after.
+func (g *group) newInParts(before, after func()) (took float64) {
+	g.b.Helper()
+	g.next = g.flows
+	for range parts {
+		before()
+		took += g.perPacket(g.newcomers(packets/parts)) / parts
+		after()
+	}
+	return took
+}
+
+// isNew tells whether a client, in IPv4, is none of those the group was filled with.
+func (g *group) isNew(client [16]byte) bool {
+	return int(binary.BigEndian.Uint32(client[12:])-firstSource) >= g.flows
+}
+
 // fill makes flows.
 func (g *group) fill(flows int) {
 	g.b.Helper()
@@ -256,9 +270,9 @@ func (f *field) empty() *group {
 }
 
 // hashOnly is a group whose program selects by the kernel's hash, and no more.
-func (f *field) hashOnly() *group {
+func (f *field) hashOnly(listeners int) *group {
 	f.b.Helper()
-	g := f.listen(4, "udp4")
+	g := f.listen(listeners, "udp4")
 	socks, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ReusePortSockArray, KeySize: 4, ValueSize: 8, MaxEntries: maps.Slots})
 	must(f.b, err)
 	f.b.Cleanup(func() { socks.Close() })
@@ -399,18 +413,10 @@ func (g *sticky) newFlow() float64 {
 	if !g.small() {
 		return g.perPacket(g.newcomers(packets))
 	}
-	var took float64
-	g.next = g.flows
-	for range parts {
-		g.warm()
-		took += g.perPacket(g.newcomers(packets/parts)) / parts
-		_, err := g.Flush(func(f loader.Flow) bool {
-			a := f.Client.Addr().As16()
-			return int(binary.BigEndian.Uint32(a[12:])-firstSource) >= g.flows
-		})
+	return g.newInParts(g.warm, func() {
+		_, err := g.Flush(func(f loader.Flow) bool { return g.isNew(f.Client.Addr().As16()) })
 		must(g.b, err)
-	}
-	return took
+	})
 }
 
 // warm reads what a new flow looks at, so that it is in a cache if that has room: what
@@ -549,22 +555,21 @@ func (g *lru) newFlow() float64 {
 	if g.flows > 100_000 {
 		return g.perPacket(g.newcomers(packets))
 	}
-	g.next = g.flows
-	took := g.perPacket(g.newcomers(min(packets, room(g.flows)-g.flows)))
-	var identity uint64
-	var t LruTracked
-	var gone []uint64
-	for all := g.maps.Flows.Iterate(); all.Next(&identity, &t); {
-		var client [16]byte
-		binary.NativeEndian.PutUint64(client[8:], t.Detail.Client[1])
-		if int(binary.BigEndian.Uint32(client[12:])-firstSource) >= g.flows {
-			gone = append(gone, identity)
+	return g.newInParts(func() {}, func() {
+		var identity uint64
+		var t LruTracked
+		var gone []uint64
+		for all := g.maps.Flows.Iterate(); all.Next(&identity, &t); {
+			var client [16]byte
+			binary.NativeEndian.PutUint64(client[8:], t.Detail.Client[1])
+			if g.isNew(client) {
+				gone = append(gone, identity)
+			}
 		}
-	}
-	for _, identity := range gone {
-		must(g.b, g.maps.Flows.Delete(identity))
-	}
-	return took
+		for _, identity := range gone {
+			must(g.b, g.maps.Flows.Delete(identity))
+		}
+	})
 }
 
 // results are what rounds took, by name.

@@ -21,7 +21,7 @@ func isAccess(name string) bool { return strings.HasPrefix(name, "access/") }
 func BenchmarkFlowCount(b *testing.B) {
 	f := newField(b)
 	f.keepStatistics()
-	empty, hashOnly := f.empty(), f.hashOnly()
+	empty, hashOnly := f.empty(), f.hashOnly(4)
 	var ours []*sticky
 	var theirs []*lru
 	counts := []int{1000, 100_000, 1_000_000, 4_000_000}
@@ -63,15 +63,16 @@ func BenchmarkFlowCount(b *testing.B) {
 func BenchmarkListeners(b *testing.B) {
 	f := newField(b)
 	f.keepStatistics()
-	empty, hashOnly := f.empty(), f.hashOnly()
+	empty := f.empty()
 	var groups []*sticky
+	var hashOnly []*group
 	for _, listeners := range []int{2, 16, 128, 1024, 4096} {
-		groups = append(groups, f.rpsel(listeners, "udp4", 1000))
+		groups, hashOnly = append(groups, f.rpsel(listeners, "udp4", 1000)), append(hashOnly, f.hashOnly(listeners))
 	}
 	for b.Loop() {
 		f.took.add("empty", empty.hits())
-		f.took.add("hash-only", hashOnly.hits())
-		for _, g := range groups {
+		for i, g := range groups {
+			f.took.add(fmt.Sprintf("hash-only/listeners/%d", len(g.conns)), hashOnly[i].hits())
 			f.took.add(fmt.Sprintf("hit/listeners/%d", len(g.conns)), g.hits())
 			f.took.add(fmt.Sprintf("new/listeners/%d", len(g.conns)), g.newFlow())
 		}
@@ -83,7 +84,7 @@ func BenchmarkListeners(b *testing.B) {
 func BenchmarkFamilies(b *testing.B) {
 	f := newField(b)
 	f.keepStatistics()
-	empty, hashOnly := f.empty(), f.hashOnly()
+	empty, hashOnly := f.empty(), f.hashOnly(4)
 	groups := map[string]*sticky{"ipv4": f.rpsel(4, "udp4", 1000), "ipv6": f.rpsel(4, "udp6", 1000)}
 	for b.Loop() {
 		f.took.add("empty", empty.hits())

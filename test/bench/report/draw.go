@@ -46,7 +46,7 @@ var pictures = []picture{
 		{"LRU_HASH", "hit-on-all-cpus/lru/", orange}, {"rpsel", "hit-on-all-cpus/rpsel/", blue}, {"rpsel, one CPU", "hit/rpsel/", green},
 	}},
 	{"listeners.svg", "A group of many listeners, a thousand flows", "listeners", "Listeners", []line{
-		{"new flow", "new/listeners/", green}, {"known flow", "hit/listeners/", blue}, {"selection by hash alone, of four", "hash-only", grey},
+		{"new flow", "new/listeners/", green}, {"known flow", "hit/listeners/", blue}, {"selection by hash alone", "hash-only/listeners/", grey},
 	}},
 }
 
