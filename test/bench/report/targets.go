@@ -38,6 +38,13 @@ var all = []target{
 		hit, most := get(flowCount, "hit/rpsel/4000000/ns"), get(flowCount, "hit/rpsel/1000/ns")+2*get(flowCount, "access/4000000/ns")
 		return fmt.Sprintf("%.0f ns of %.0f", hit, most), hit <= most
 	}},
+	{"hit, 4096 listeners instead of 2", "what hash-only takes more, and 2 accesses of 100 thousand flows", func(get func(string, string) float64) (string, bool) {
+		more := func(what string) float64 {
+			return get("Listeners", what+"/listeners/4096/ns") - get("Listeners", what+"/listeners/2/ns")
+		}
+		most := more("hash-only") + 2*get(flowCount, "access/100000/ns")
+		return fmt.Sprintf("%.0f ns of %.0f more", more("hit"), most), more("hit") <= most
+	}},
 	{"requests and replies per second, of plain reuseport", "0.97", func(get func(string, string) float64) (string, bool) {
 		ratio := get("EndToEnd", "rpsel/plain/median-ratio")
 		return fmt.Sprintf("%.3f", ratio), ratio >= 0.97
