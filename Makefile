@@ -25,18 +25,20 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # What each kind of work needs: a command that must be there = the package it is in.
 BUILD_NEEDS := go=golang-go git=git
 RACE_NEEDS  := gcc=gcc /usr/include/stdlib.h=libc6-dev
-TEST_NEEDS  := $(BUILD_NEEDS) $(RACE_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 openvpn=openvpn \
+C_NEEDS     := $(BUILD_NEEDS) $(CLANG)=$(CLANG) $(STRIP)=llvm-19 \
+               /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
+TEST_NEEDS  := $(C_NEEDS) $(RACE_NEEDS) openvpn=openvpn \
                haproxy=haproxy nginx=nginx systemd-analyze=systemd unshare=util-linux ip=iproute2 \
                promtool=prometheus prometheus-node-exporter=prometheus-node-exporter curl=curl \
                mandoc=mandoc dpkg=dpkg rpm=rpm zsh=zsh fish=fish \
                /usr/share/bash-completion/bash_completion=bash-completion \
-               perl=perl-base /usr/include/bpf/bpf_helpers.h=libbpf-dev /usr/include/linux/bpf.h=linux-libc-dev
+               perl=perl-base
 VM_NEEDS    := $(BUILD_NEEDS) depmod=kmod xz=xz-utils dpkg-deb=dpkg \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 QEMU_amd64  := qemu-system-x86_64=qemu-system-x86
 QEMU_arm64  := qemu-system-aarch64=qemu-system-arm
 STYLE_NEEDS := $(BUILD_NEEDS) $(CLANG_FORMAT)=$(CLANG_FORMAT)
-LINT_NEEDS  := $(STYLE_NEEDS) $(RACE_NEEDS)
+LINT_NEEDS  := $(C_NEEDS) $(STYLE_NEEDS) $(RACE_NEEDS)
 
 .PHONY: help
 help: ## list the targets
@@ -139,7 +141,8 @@ info: ## what the BPF programs take: instructions, stack, the verifier's work
 	@$(GO) test ./bpf -count=1 -v -run '^TestVerifier$$'
 
 .PHONY: generate
-generate: ## compile the C, after a change under bpf/
+generate: ## compile the C, after a change under bpf/; warnings are errors
+	@$(call need,$(C_NEEDS))
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) \
 	BPF2GO_CFLAGS="$(WARNINGS) -O2 -g -mcpu=v3 -I/usr/include/$$(uname -m)-linux-gnu" \
 	$(GO) generate ./...
@@ -169,8 +172,9 @@ style: ## gofmt, clang-format, vet and staticcheck; part of test
 	for m in $(MODULES); do (cd $$m; $(GO) vet ./...; $$staticcheck ./...); done
 
 .PHONY: lint
-lint: style ## style, and the race detector on what has goroutines; part of test
+lint: ## style, the C compiled with warnings as errors, and the race detector on what has goroutines; part of test
 	@$(call need,$(LINT_NEEDS))
+	@$(MAKE) --no-print-directory generated style
 	$(RACES)
 
 .PHONY: clean
