@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/netip"
 	"os"
@@ -84,14 +85,25 @@ func (s Service) String() string {
 	return name
 }
 
+// longest is how long a file may be: no device without end.
+const longest = 1 << 20
+
 // Load reads a file. The order of the services is the file's: the first that
 // fits a socket is the one that counts.
 //
 // Errors: ErrInvalid, fs.ErrNotExist, fs.ErrPermission.
 func Load(path string) (File, error) {
-	data, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if err != nil {
 		return File{}, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, longest+1))
+	if err != nil {
+		return File{}, err
+	}
+	if len(data) > longest {
+		return File{}, &invalid{path + ": longer than 1 MiB: no configuration"}
 	}
 	file, err := parse(data)
 	if at, ok := errors.AsType[*lineError](err); ok {

@@ -95,6 +95,9 @@ confirm  = "reply"
 			t.Errorf("metrics = %q: %+v, %v", text, got, err)
 		}
 	}
+	if _, err := Load("/dev/zero"); !errors.Is(err, ErrInvalid) {
+		t.Errorf("/dev/zero: %v, want %v", err, ErrInvalid)
+	}
 	if _, err := Load("/no/such/file"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
