@@ -16,9 +16,11 @@ import (
 var unfit = []string{"run", "reap", "agent", "demo", demoInside, demoListener, "events", "manual"}
 
 // newFitCmd is rpsel, of which what is unfit does nothing once its command line is read, and
-// nor does a status that would stay.
+// nor does a status that would stay. What has no namespace or bpffs takes the flags for them.
 func newFitCmd(e *env) *cobra.Command {
 	root := newRootCmd(e)
+	root.PersistentFlags().String("netns", "", "")
+	root.PersistentFlags().String("bpffs", "", "")
 	for _, cmd := range root.Commands() {
 		act := cmd.RunE
 		cmd.RunE = func(cmd *cobra.Command, args []string) error {
