@@ -84,7 +84,7 @@ func newPlan(ctx context.Context, set, only, pattern string) (plan, error) {
 
 // withTests are the packages that have tests and are not left out.
 func withTests(ctx context.Context) (packages []string, err error) {
-	for _, dir := range []string{".", "examples/quic", "test/kubernetes"} { // modules
+	for _, dir := range []string{".", "examples/quic", "packaging", "test/kubernetes"} { // modules
 		out, err := command(ctx, nil, "go", "list", "-C", dir, "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}", "./...")
 		if err != nil {
 			return nil, err

@@ -62,14 +62,14 @@ type ran struct {
 // it was kept has neither Commit nor Host.
 type occasion struct {
 	Day    string
-	Commit string `json:",omitempty"` // the last that changed more than docs/; with + if the tree was changed since
+	Commit string `json:",omitempty"` // the last that changed more than these pages; with + if the tree was changed since
 	Host   string `json:",omitempty"` // the version of QEMU, and the processor under it
 }
 
 func newOccasion(ctx context.Context, on arch) occasion {
 	// A tree without git, or another user's, has nothing to tell.
 	git := func(args ...string) string {
-		said, _ := command(ctx, nil, "git", append(args, "--", ".", ":!docs")...)
+		said, _ := command(ctx, nil, "git", append(args, "--", ".", ":!docs/kernels-*")...)
 		return strings.TrimSpace(said)
 	}
 	o := occasion{Day: time.Now().Format(time.DateOnly), Commit: cmp.Or(git("log", "-1", "--format=%h"), "unknown"), Host: "QEMU"}
