@@ -213,13 +213,13 @@ func TestMigrationOnTwoCPUs(t *testing.T) {
 	var sent [2]atomic.Int64
 	for me := range sent {
 		sending.Go(func() {
+			defer sent[me].Store(n) // also if one cannot be sent: the other waits for it
 			testnet.Pin(t, cpus[me%len(cpus)])
 			for i, call := range calls {
 				for sent[me].Store(int64(i)); sent[1-me].Load() < int64(i); {
 				}
 				call.ACK()
 			}
-			sent[me].Store(n)
 		})
 	}
 	sending.Wait()

@@ -201,7 +201,7 @@ type segment struct {
 }
 
 // Call is a TCP connection to a server that its client makes step by step. Its
-// methods may not be called concurrently.
+// methods may not be called concurrently, but for ACK beside ACK.
 type Call struct {
 	// Client is the client's address and port.
 	Client netip.AddrPort
