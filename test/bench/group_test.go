@@ -216,7 +216,7 @@ func (g *group) newInParts(before, after func()) (took float64) {
 	return took
 }
 
-// isNew tells whether a client, in IPv4, is none of those the group was filled with.
+// isNew tells whether a client is none of those the group was filled with.
 func (g *group) isNew(client [16]byte) bool {
 	return int(binary.BigEndian.Uint32(client[12:])-firstSource) >= g.flows
 }

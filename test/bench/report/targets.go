@@ -50,7 +50,7 @@ var all = []target{
 		return fmt.Sprintf("%.3f", ratio), ratio >= 0.97
 	}},
 	{"memory per flow of capacity", "64 bytes", func(get func(string, string) float64) (string, bool) {
-		// Of a million; the rest of a group is 700 KiB on two CPUs, whatever its size.
+		// Of a million; the rest of a group is 1.1 MiB on two CPUs, whatever its size.
 		bytes := get(flowCount, "memory/rpsel/1000000/B")
 		return fmt.Sprintf("%.1f bytes", bytes), bytes <= 64
 	}},
