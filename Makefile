@@ -108,7 +108,7 @@ soak: ## the stress tests and the chaos test for ten minutes each
 	@$(call need,$(TEST_NEEDS))
 	RPSEL_SOAK=10m $(GO) test -count=1 -timeout=60m -p=1 -v ./test/stress ./test/chaos
 
-# A run of all takes two to five minutes, QUICK=1 less: fewer rounds, no tables beyond a
+# A run of all takes two to six minutes, QUICK=1 less: fewer rounds, no tables beyond a
 # million flows, and attaches of 100 listeners alone.
 ROUNDS := $(if $(QUICK),10x,30x)
 SHORT  := $(if $(QUICK),-short,)
