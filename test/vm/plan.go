@@ -26,6 +26,7 @@ var leftOut = []leaving{
 	{"agent", "^TestLight$", "asks the go command"},
 	{"cmd/rpsel", "^TestManual$", "needs mandoc"},
 	{"cmd/rpsel", "^TestScripts$/^completion$", "needs three shells"},
+	{"test/kubernetes", "^TestFromTheMachine$", "needs ip(8)"},
 }
 
 // few are the tests of CI: one or two of everything that a kernel may do

@@ -57,7 +57,19 @@ var mounts = []struct{ fstype, dir, data string }{
 	{"bpf", "/sys/fs/bpf", "mode=0700"},
 }
 
+// leaveRoot goes to a mount of the kernel's own root that lies on it: the one below is none that
+// pivot_root(2), which makes containers, would leave.
+func leaveRoot() error {
+	const dir = "/mnt"
+	return errors.Join(
+		unix.Mount("/", dir, "", unix.MS_BIND, ""), unix.Chdir(dir),
+		unix.Mount(dir, "/", "", unix.MS_MOVE, ""), unix.Chroot("."), unix.Chdir("/"))
+}
+
 func mount() (err error) {
+	if err := leaveRoot(); err != nil {
+		return fmt.Errorf("leave the first root: %w", err)
+	}
 	for _, m := range mounts {
 		os.Mkdir(m.dir, 0o755) // most are there
 		if mountErr := unix.Mount(m.fstype, m.dir, m.fstype, 0, m.data); mountErr != nil && mountErr != unix.EBUSY {
