@@ -116,12 +116,14 @@ BENCH  := $(GO) test ./test/bench $(SHORT) -timeout=20m -run '^$$'
 
 FUZZTIME ?= 1m
 
+# The go command kills what fuzzes when the time is over: what that mounted goes with a namespace.
 .PHONY: fuzz
 fuzz: ## each fuzz test for a minute, or FUZZTIME=10m: packets, flow table, pins, arguments, configuration, requests
 	@$(call root,fuzz)
-	@$(call need,$(BUILD_NEEDS))
-	@for f in $$(grep -rEo '^func Fuzz\w+' --include='*_test.go' . | sed -E 's|/[^/]*:func |:|' | sort); do \
-		(set -x; $(GO) test "$${f%:*}" -run '^$$' -fuzz "^$${f#*:}\$$" -fuzztime $(FUZZTIME)); \
+	@$(call need,$(BUILD_NEEDS) unshare=util-linux)
+	@export TMPDIR=$$(mktemp -d); trap 'rm -rf "$$TMPDIR"' EXIT; \
+	for f in $$(grep -rEo '^func Fuzz\w+' --include='*_test.go' . | sed -E 's|/[^/]*:func |:|' | sort); do \
+		(set -x; unshare --mount $(GO) test "$${f%:*}" -run '^$$' -fuzz "^$${f#*:}\$$" -fuzztime $(FUZZTIME)); \
 	done
 
 .PHONY: bench
