@@ -72,10 +72,12 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	var written *document
+	var now occasion
 	if *docs != "" && *pattern == "" {
 		if written, err = openDocument(*docs); err != nil {
 			return err
 		}
+		now = newOccasion(ctx, on)
 	}
 	source, err := os.Getwd()
 	if err != nil {
@@ -100,7 +102,6 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Println("vm: compile the tests for", on.name)
-	now := newOccasion(ctx, on)
 	ready, err := build(ctx, filepath.Join(dir, on.name), on, plan.packages(chosen))
 	if err != nil {
 		return err
