@@ -18,10 +18,7 @@ var all = []target{
 		hit, hash := get(flowCount, "hit/rpsel/1000/ns"), get(flowCount, "hash-only/ns")
 		return fmt.Sprintf("%.0f ns, %.1fx", hit, hit/hash), hit <= 2.5*hash
 	}},
-	{"hit, 1 million flows", "that of 1 thousand and 2 accesses", func(get func(string, string) float64) (string, bool) {
-		hit, most := get(flowCount, "hit/rpsel/1000000/ns"), get(flowCount, "hit/rpsel/1000/ns")+2*get(flowCount, "access/1000000/ns")
-		return fmt.Sprintf("%.0f ns of %.0f", hit, most), hit <= most
-	}},
+	hitOfMillions(1),
 	{"the same on LRU_HASH, 1 million flows", "3x of ours", func(get func(string, string) float64) (string, bool) {
 		hit, lru := get(flowCount, "hit/rpsel/1000000/ns"), get(flowCount, "hit/lru/1000000/ns")
 		return fmt.Sprintf("%.0f ns, %.1fx", lru, lru/hit), lru >= 3*hit
@@ -34,10 +31,7 @@ var all = []target{
 		fresh, most := get(flowCount, "new/rpsel/1000000/ns"), 5*get(flowCount, "hash-only/ns")+4*get(flowCount, "access/1000000/ns")
 		return fmt.Sprintf("%.0f ns of %.0f", fresh, most), fresh <= most
 	}},
-	{"hit, 4 million flows", "that of 1 thousand and 2 accesses", func(get func(string, string) float64) (string, bool) {
-		hit, most := get(flowCount, "hit/rpsel/4000000/ns"), get(flowCount, "hit/rpsel/1000/ns")+2*get(flowCount, "access/4000000/ns")
-		return fmt.Sprintf("%.0f ns of %.0f", hit, most), hit <= most
-	}},
+	hitOfMillions(4),
 	{"hit, 4096 listeners instead of 2", "what hash-only takes more, and 2 accesses of 100 thousand flows", func(get func(string, string) float64) (string, bool) {
 		more := func(what string) float64 {
 			return get("Listeners", what+"/listeners/4096/ns") - get("Listeners", what+"/listeners/2/ns")
@@ -74,6 +68,14 @@ var all = []target{
 		took, busy := get("Flows/count", "least-ms"), get("Flows/count", "processor-ms")
 		return fmt.Sprintf("%.0f ms; processor time %.0f", took, busy), took < 50
 	}},
+}
+
+func hitOfMillions(n int) target {
+	return target{fmt.Sprintf("hit, %d million flows", n), "that of 1 thousand and 2 accesses", func(get func(string, string) float64) (string, bool) {
+		hit := get(flowCount, fmt.Sprintf("hit/rpsel/%d000000/ns", n))
+		most := get(flowCount, "hit/rpsel/1000/ns") + 2*get(flowCount, fmt.Sprintf("access/%d000000/ns", n))
+		return fmt.Sprintf("%.0f ns of %.0f", hit, most), hit <= most
+	}}
 }
 
 // targets is a table of them in Markdown. What was not measured is left open.
